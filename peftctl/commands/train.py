@@ -1,0 +1,232 @@
+"""`peftctl train`: one recipe from data to a checked artefact in a run directory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from peftctl.artifacts import checks, save
+from peftctl.artifacts.load import load
+from peftctl.artifacts.rundir import RunDir
+from peftctl.backends import device as devices
+from peftctl.commands import identity
+from peftctl.commands.prepare import Prepared, prepare
+from peftctl.data.collate import Collator
+from peftctl.errors import RunError
+from peftctl.evaluation.evaluate import evaluate_rows
+from peftctl.methods.base import Context
+from peftctl.models.fingerprint import weights_fingerprint
+from peftctl.models.load import load_model
+from peftctl.recipe.schema import Recipe
+from peftctl.training.report import Reporter, loss_curve
+from peftctl.training.stages import Trained, Workload, run_stages
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Args:
+        run: The run directory.
+        artefact: adapter/ or model/ in it.
+        summary: The content of summary.json.
+    """
+
+    run: Path
+    artefact: Path
+    summary: Mapping[str, Any]
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, fresh: bool = False, reporter: Reporter | None = None
+) -> TrainResult:
+    """Train as the recipe says.
+
+    Args:
+        recipe: What to do; see `peftctl.load_recipe`.
+        resume: Go on from the last checkpoint of the run in `train.output_dir`.
+        fresh: Delete the run in `train.output_dir` first.
+        reporter: Shows progress; None is silent.
+
+    Raises:
+        PeftctlError: A known problem, see `peftctl.errors`.
+    """
+    reporter = reporter or Reporter()
+    devices.refuse_unlaunched_world()
+    devices.set_threads()
+    run = RunDir(recipe.train.output_dir)
+    run.check(fresh=fresh, resume=resume)
+    ready = prepare(recipe)
+    with run.lock():
+        finished = identity.finished_summary(run) if resume else None
+        if finished is not None:
+            reporter.notice(f"{run.path}: this run is complete; nothing to do")
+            return TrainResult(run.path, _artefact_path(run), finished)
+        run.prepare(fresh=fresh, resume=resume)
+        return _Run(ready, run, reporter, resume).go()
+
+
+class _Run:
+    """The steps of one run; state that several of them share."""
+
+    def __init__(self, ready: Prepared, run: RunDir, reporter: Reporter, resume: bool):
+        self.ready = ready
+        self.recipe = ready.recipe
+        self.method = ready.method
+        self.run = run
+        self.reporter = reporter
+        self.resume = resume
+        self.device = devices.current_device()
+        self.collate = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of)
+
+    def go(self) -> TrainResult:
+        checkpoint = self._checkpoint()
+        identity.write_identity(self.run, self.ready)
+        set_seed(self.recipe.train.seed)
+        base = self._load_base()
+        before = identity.evaluation_before(self.run) or self._evaluate(base, "before")
+        devices.reset_peak_memory()
+        model, initial = self._attach(base)
+        del base
+        trained = self._train(model, checkpoint)
+        peak = devices.peak_memory_bytes()
+        artefact, reference = self._save(model, initial, trained)
+        del model, initial
+        gc.collect()
+        after = self._verify(artefact, reference)
+        return self._finish(artefact, trained, peak, before, after)
+
+    def _checkpoint(self) -> Path | None:
+        if not self.resume:
+            return None
+        if not self.run.holds_run():
+            self.reporter.notice(f"{self.run.path}: no run to resume; starting from the beginning")
+            return None
+        identity.refuse_changes(self.run, self.ready)
+        checkpoint = self.run.latest_checkpoint()
+        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        self.run.truncate_metrics(step)
+        self.reporter.notice(f"resuming after step {step}")
+        return checkpoint
+
+    def _load_base(self) -> Any:
+        options = self.method.load_options()
+        return load_model(
+            self.recipe.model,
+            dtype=options.dtype or self.recipe.model.dtype,
+            device=self.device,
+            attn_implementation=options.attn_implementation,
+        )
+
+    def _attach(self, base: Any) -> tuple[Any, dict[str, str]]:
+        """Apply the method; return the model and a record of what its trainable tensors were."""
+        self.base_fingerprint = weights_fingerprint(base)
+        expected = self.method.count(base)
+        model = self.method.apply(base, Context(self.recipe, self.ready.tokenizer))
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.total = sum(p.numel() for p in model.parameters())
+        if self.trainable != expected:
+            raise RunError(f"{self.recipe.method.name} trains {self.trainable:,} parameters, expected {expected:,}")
+        self.reporter.notice(
+            f"{self.recipe.method.name}: {self.trainable:,} of {self.total:,} parameters train "
+            f"({self.trainable / self.total:.2%}) on {self.device}"
+        )
+        return model, checks.snapshot(model)
+
+    def _train(self, model: Any, checkpoint: Path | None) -> Trained:
+        if self.trainable == 0:
+            return Trained(steps=0, train_tokens=0, supervised_tokens=0, seconds=0.0, loss=float("nan"))
+        self.method.calibrate(model, (self.collate([row]) for row in self.ready.train_rows))
+        work = Workload(
+            recipe=self.recipe,
+            method=self.method,
+            train_rows=self.ready.train_rows,
+            eval_rows=self.ready.eval_rows,
+            collate=self.collate,
+            run=self.run,
+            reporter=self.reporter,
+        )
+        return run_stages(work, model, checkpoint)
+
+    def _save(self, model: Any, initial: dict[str, str], trained: Trained) -> tuple[Path, torch.Tensor]:
+        """Write the artefact, check its files, and return the logits that it must reproduce."""
+        model.eval()
+        if self.method.autocast:  # float32 weights were for training; the artefact has the recipe's dtype
+            model.to(devices.dtype_of(self.recipe.model.dtype))
+        gates_off = self.method.card.gates_off
+        if "moved" not in gates_off:
+            checks.check_moved(model, initial)
+        exported = self.method.export(model)
+        reference = checks.probe_logits(model if exported is None else exported, self._probe())
+        info = save.ArtifactInfo(
+            method=self.recipe.method.name,
+            card=self.method.card,
+            recipe=self.recipe,
+            base_fingerprint=self.base_fingerprint,
+            facts={
+                "trainable_parameters": self.trainable,
+                "steps": trained.steps,
+                "data_fingerprint": self.ready.data_fingerprint,
+                "train_loss": trained.loss,
+            },
+        )
+        return save.save_artifact(exported, self.ready.tokenizer, self.run, info), reference
+
+    def _probe(self) -> list[list[int]]:
+        rows = self.ready.eval_rows or self.ready.train_rows
+        return [row.input_ids for row in rows[:4]]
+
+    def _verify(self, artefact: Path, reference: torch.Tensor) -> dict[str, float]:
+        """Reload the artefact, compare its logits, and evaluate what was reloaded."""
+        model, _ = load(str(artefact), device=self.device)
+        checks.check_reload(reference, model, self._probe(), artefact)
+        return self._evaluate(model, "after")
+
+    def _evaluate(self, model: Any, when: str) -> dict[str, float]:
+        if not self.ready.eval_rows:
+            return {}
+        self.reporter.notice(f"evaluating {when} training on {len(self.ready.eval_rows)} held-out rows ...")
+        result = evaluate_rows(
+            model,
+            self.ready.tokenizer,
+            self.ready.eval_examples,
+            self.ready.eval_rows,
+            self.recipe.data,
+            self.recipe.eval,
+            self.collate,
+        )
+        if when == "before":
+            identity.record_before(self.run, result.metrics)
+        return result.metrics
+
+    def _finish(
+        self, artefact: Path, trained: Trained, peak: int, before: dict[str, float], after: dict[str, float]
+    ) -> TrainResult:
+        summary = {
+            "method": self.recipe.method.name,
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "steps": trained.steps,
+            "train_tokens": trained.train_tokens,
+            "supervised_tokens": trained.supervised_tokens,
+            "train_seconds": round(trained.seconds, 2),
+            "tokens_per_second": round(trained.train_tokens / trained.seconds, 1) if trained.seconds else None,
+            "peak_memory_bytes": peak,
+            "adapter_bytes": sum(f.stat().st_size for f in artefact.rglob("*.safetensors")),
+            "train_loss": trained.loss if trained.steps else None,
+            "eval": {"before": before, "after": after},
+        }
+        self.run.write_json(self.run.summary, summary)
+        if trained.steps:
+            loss_curve(self.run.metrics, self.run.path / "loss.png")
+        return TrainResult(self.run.path, artefact, summary)
+
+
+def _artefact_path(run: RunDir) -> Path:
+    return run.model if run.model.is_dir() else run.adapter

@@ -1,0 +1,103 @@
+"""What peftctl prints: errors, tables, and progress as a bar on a terminal or as plain lines in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """Print an error."""
+    err.print(f"[bold red]error:[/] {escape(message)}")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; the first column is left-aligned, the others are figures."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def coloured(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return a row's text with the trained-on pieces in green; in a pipe they stand between ⟦ and ⟧."""
+    text = Text()
+    for piece, trained in pieces:
+        if trained and not out.is_terminal:
+            text.append(f"⟦{piece}⟧")
+        else:
+            text.append(piece, style="bold green" if trained else "dim")
+    return text
+
+
+def figure(value: object) -> str:
+    """Return a number as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ConsoleReporter:
+    """Shows a run; the shape is `peftctl.training.report.Reporter`, which this layer must not import."""
+
+    def __init__(self) -> None:
+        self.progress: object | None = None
+
+    def notice(self, text: str) -> None:
+        """Print one line."""
+        out.print(escape(text))
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """Start the bar or the lines of a stage."""
+        self.title, self.total, self.first, self.began = title, total, done, time.monotonic()
+        self.latest = ""
+        if out.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[latest]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=out, transient=False)
+            self.task = self.bar.add_task(title, total=total, completed=done, latest="")
+            self.bar.start()
+
+    def step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Move the bar, or print a line at log steps."""
+        if metrics:
+            self.latest = _line(metrics)
+        if out.is_terminal:
+            self.bar.update(self.task, completed=step, latest=self.latest)
+        elif metrics:
+            left = (time.monotonic() - self.began) / max(step - self.first, 1) * (self.total - step)
+            out.print(f"{self.title} {step}/{self.total}  {self.latest}  left {duration(left)}", markup=False)
+
+    def end(self) -> None:
+        """Stop the bar."""
+        if out.is_terminal:
+            self.bar.stop()
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    names = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "lr", "tokens_per_second": "tokens/s"}
+    return "  ".join(f"{label} {figure(metrics[key])}" for key, label in names.items() if key in metrics)

@@ -1,0 +1,194 @@
+"""The interface of a method: what trains, how it is attached, and what its result is.
+
+A method is one file in this folder: a `Config` (its `method:` section), a `card`, and one class named `Method`.
+Files here import no torch at module level, so that recipes can be checked without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftctl.recipe.schema import Recipe, Section
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftctl.data.formats import Example
+    from peftctl.models.supervised import Supervised
+
+Feature = Literal["4bit", "zero2", "zero3", "gradient_checkpointing", "packing", "resume"]
+Gate = Literal["trains", "moved"]
+
+
+class MethodConfig(Section):
+    """Base of every `method:` section."""
+
+    name: str
+    """The method: the file's name in `peftctl/methods/`."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader must know of a method before choosing it; every claim is probed by a test."""
+
+    title: str
+    paper: str
+    category: Literal["baseline", "prompt", "adapter", "hybrid", "selective", "lora"]
+    summary: str
+    trains: str
+    count: str
+    """Closed form of the trainable parameters, in the paper's symbols; `Method.count` computes it."""
+    tasks: tuple[str, ...] = ("causal_lm",)
+    mergeable: bool = False
+    merge_note: str = ""
+    identity_at_init: bool = True
+    identity_note: str = ""
+    needs: str = ""
+    supports: frozenset[Feature] = frozenset()
+    gates_off: frozenset[Gate] = frozenset()
+    """Post-conditions that do not apply, e.g. a method that trains nothing."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a method asks of the model before it exists; None keeps the recipe's value."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with a fixed set of optimized tensors.
+
+    Args:
+        name: Written to metrics.jsonl.
+        steps: Optimizer steps, a fraction of the main stage, or None for the main stage (`epochs`, `max_steps`).
+    """
+
+    name: str = "main"
+    steps: int | float | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `apply` may need besides the model."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass
+class StepInfo:
+    """State of the run that callbacks see. `step` counts finished optimizer steps of the stage."""
+
+    step: int
+    total_steps: int
+    model: Any
+    optimizer: Any
+    log: dict[str, float] = field(default_factory=dict)
+    """Numbers put here go to the next line of metrics.jsonl."""
+
+
+class Callback:
+    """Schedules of a method; every hook may do nothing. Values and requires_grad may change, not the optimized set."""
+
+    def stage_begins(self, info: StepInfo) -> None:
+        """Before the first step of a stage, also after a resume."""
+
+    def before_optimizer(self, info: StepInfo) -> None:
+        """Gradients are complete and clipped, weights are still old."""
+
+    def after_optimizer(self, info: StepInfo) -> None:
+        """Weights are new, gradients are still there; `info.step` does not count this step yet."""
+
+    def after_step(self, info: StepInfo) -> None:
+        """The step is finished and counted, gradients are gone."""
+
+
+class Method:
+    """One way to fine-tune. Every hook but `apply` has a working default."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    card: ClassVar[Card]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Dotted recipe path -> value that the method implies where the recipe is silent."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Dotted recipe paths that this method never reads: setting one is an error."""
+    autocast: ClassVar[bool] = False
+    """True where float32 copies of base weights train: the forward then runs under autocast in the recipe's dtype."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def load_options(self) -> LoadOptions:
+        """Return what the model must be loaded with."""
+        return LoadOptions()
+
+    def inputs(self) -> Sequence[str]:
+        """Return other runs that this one builds on."""
+        return ()
+
+    def prepare_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: Recipe
+    ) -> None:
+        """Change the tokenizer or its chat template before rows are encoded, knowing the training rows."""
+
+    def count(self, model: PreTrainedModel) -> int:
+        """Return the closed-form number of trainable parameters on this base model, before `apply`."""
+        raise NotImplementedError
+
+    def apply(self, model: PreTrainedModel, context: Context) -> Any:
+        """Inject, patch, initialise or choose what trains; return the model to train (often a PeftModel)."""
+        raise NotImplementedError
+
+    def stages(self) -> Sequence[Stage]:
+        """Return the stages, the main one last."""
+        return (Stage(),)
+
+    def enter(self, model: Any, stage: Stage) -> None:
+        """Prepare the model for a stage; the optimizer is built afterwards."""
+
+    def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Look at real rows before the first stage."""
+
+    def param_groups(self, model: Any) -> list[dict[str, Any]] | None:
+        """Return optimizer groups over every trainable tensor; None takes one group with the recipe's values."""
+        return None
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """Return the optimizer of these groups; None takes the recipe's."""
+        return None
+
+    def callbacks(self, model: Any) -> Sequence[Callback]:
+        """Return the schedules of this method."""
+        return ()
+
+    def loss(
+        self, model: Any, batch: Mapping[str, torch.Tensor], forward: Callable[..., Supervised]
+    ) -> dict[str, torch.Tensor]:
+        """Return the named parts of the loss of one micro-batch.
+
+        `loss` is the *sum* of cross-entropies over supervised tokens; the trainer divides it by the supervised
+        tokens of the global batch. Further parts are means; the trainer divides them by the accumulation, adds
+        them in training only, and logs each under its name.
+        """
+        return {"loss": forward(batch).cross_entropy()}
+
+    def fields(self) -> Sequence[str]:
+        """Return names of batch fields besides input_ids, attention_mask and labels."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resume needs beyond weights."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def export(self, model: Any) -> Any:
+        """Return the artefact: a PeftModel (goes to adapter/) or a PreTrainedModel (goes to model/)."""
+        return model

@@ -1,0 +1,168 @@
+"""The typed recipe: every key, its type, its unit and its default. Imports no torch.
+
+The `method` section is not here: its schema belongs to the method (`methods/NAME.py`) and is passed in.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+Task = Literal["causal_lm", "seq2seq_lm", "seq_cls", "token_cls"]
+DType = Literal["float32", "bfloat16", "float16"]
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled_text", "tokens_tags"]
+Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "rouge_l", "contains", "regex"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"]
+Scheduler = Literal["constant", "linear", "cosine", "constant_with_warmup"]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, nothing is coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str
+    """Hub id, local directory, .gguf file, or the alias of an embedded demo model."""
+    task: Task = "causal_lm"
+    """What the model does; decides its head and the data formats that fit."""
+    dtype: DType = "bfloat16"
+    """Type of the frozen weights and of the computation; what trains is kept in float32."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; left out, peftctl chooses by device and row length."""
+
+
+class DataSection(Section):
+    """Rows, their format, and what of them is trained on."""
+
+    train: str | list[str]
+    """File(s), glob, directory or hub id: json, jsonl, csv, parquet, arrow, txt."""
+    eval: str | list[str] | None = None
+    """Held-out rows, in the same format."""
+    eval_fraction: OpenShare | None = None
+    """Share of the training rows to hold out where there is no `eval`."""
+    format: Format = "messages"
+    """How a row is laid out."""
+    columns: dict[str, str] = {}
+    """Our field name -> the name in your file, e.g. {prompt: input, completion: target}."""
+    template: str = "chat"
+    """`chat` (the tokenizer's own), `alpaca`, or a "{...}" string over the row's fields."""
+    max_length: Positive = 1024
+    """Tokens a row; longer rows are cut at the end."""
+    loss_on: Literal["completion", "last_turn", "all"] = "completion"
+    """`completion` (every assistant turn), `last_turn`, or `all` tokens."""
+    packing: bool = False
+    """Several rows in one sequence, without attention between them."""
+    pad_to_multiple_of: Positive | None = None
+    """Pad batches to a multiple of this many tokens."""
+    max_dropped: Share = 0.05
+    """Share of rows without a supervised token (they are dropped) above which the run is refused."""
+
+
+class TrainSection(Section):
+    """The optimisation loop."""
+
+    output_dir: str
+    """The run directory."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows."""
+    max_steps: Positive | None = None
+    """Optimizer steps; where given, wins over `epochs`."""
+    batch_size: Positive = 8
+    """Rows a process and micro-step."""
+    gradient_accumulation: Positive = 1
+    """Micro-steps an optimizer step."""
+    learning_rate: Rate = 2e-4
+    """Peak learning rate."""
+    scheduler: Scheduler = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: Share | None = None
+    """Share of the optimizer steps over which the learning rate rises from 0."""
+    warmup_steps: Count | None = None
+    """The same in optimizer steps."""
+    weight_decay: Rate = 0.0
+    """AdamW's decoupled weight decay."""
+    optimizer: Optimizer = "adamw"
+    """Optimizer of the trainable tensors."""
+    max_grad_norm: Rate = 1.0
+    """Clip the global gradient norm to this; 0 never clips."""
+    seed: Count = 0
+    """Seeds data order, initialisation and dropout."""
+    logging_steps: Positive = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    eval_steps: Positive | None = None
+    """Optimizer steps between two held-out losses; left out, only before and after."""
+    save_steps: Positive | None = None
+    """Optimizer steps between two checkpoints; left out, once an epoch."""
+    save_total_limit: Positive = 2
+    """Checkpoints that are kept."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Trackers that get the metrics too."""
+
+
+class BackendSection(Section):
+    """Where the run happens."""
+
+    name: Literal["single"] = "single"
+    """One process on one device."""
+
+
+class EvalSection(Section):
+    """What `peftctl eval`, and `train` before and after, measure on the held-out rows."""
+
+    metrics: list[Metric] = ["loss", "perplexity", "token_accuracy"]
+    """Metrics; exact_match, rouge_l, contains and regex generate answers."""
+    max_new_tokens: Positive = 256
+    """Tokens a generated answer may have."""
+    batch_size: Positive = 8
+    """Rows a batch."""
+    rows: Positive | None = None
+    """Only the first so many held-out rows for metrics by generation; loss always takes all."""
+    pattern: str | None = None
+    """What `contains` and `regex` look for; left out, `contains` looks for the reference answer."""
+
+
+class Recipe(Section):
+    """One run: model, method, data and training."""
+
+    model: ModelSection
+    method: SerializeAsAny[Any]
+    data: DataSection
+    train: TrainSection
+    backend: BackendSection = BackendSection()
+    eval: EvalSection = EvalSection()
+
+
+# Keys of the recipe language that this version can't honour yet: refused by name rather than as typing errors.
+NOT_YET = {
+    "quantization": "quantised bases",
+    "model.adapters": "merging finished adapters first",
+    "model.add_tokens": "new tokens",
+    "method.init_from": "continuing from an adapter",
+    "method.modules_to_save": "extra trained modules",
+    "data.sources": "weighted sources",
+    "data.streaming": "streaming",
+    "train.max_tokens_per_batch": "token-budget batches",
+    "train.neftune_noise": "NEFTune noise",
+    "train.label_smoothing": "label smoothing",
+    "train.load_best": "best-model selection",
+    "train.early_stopping": "early stopping",
+    "train.on_nan": "a NaN policy other than stopping",
+    "backend.config": "DeepSpeed",
+}

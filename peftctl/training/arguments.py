@@ -1,0 +1,97 @@
+"""The library's settings for a stage, and the trackers that get its metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from peftctl.artifacts.rundir import RunDir
+from peftctl.errors import UsageError
+from peftctl.recipe.schema import Recipe
+from peftctl.training.optimizers import LIBRARY_NAMES
+
+
+def library_arguments(
+    recipe: Recipe, run: RunDir, *, autocast: bool, max_steps: int, use_cpu: bool
+) -> TrainingArguments:
+    """Return the library's settings for a stage.
+
+    Args:
+        recipe: The run's recipe.
+        run: Where checkpoints go.
+        autocast: Run the forward in the recipe's dtype over float32 weights.
+        max_steps: Optimizer steps of the stage, or -1 for the recipe's epochs.
+        use_cpu: No accelerator is present.
+    """
+    train = recipe.train
+    saving: Mapping[str, Any] = {"save_strategy": "epoch"}
+    if train.save_steps:
+        saving = {"save_strategy": "steps", "save_steps": train.save_steps}
+    evaluating: Mapping[str, Any] = {}
+    if train.eval_steps:
+        evaluating = {"eval_strategy": "steps", "eval_steps": train.eval_steps}
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=train.epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=recipe.eval.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=train.warmup_steps or train.warmup_ratio or 0,
+        weight_decay=train.weight_decay,
+        optim=LIBRARY_NAMES[train.optimizer],
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        bf16=autocast and recipe.model.dtype == "bfloat16",
+        fp16=autocast and recipe.model.dtype == "float16",
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        use_cpu=use_cpu,
+        **saving,
+        **evaluating,
+    )
+
+
+def trackers(recipe: Recipe, run: RunDir) -> list[TrainerCallback]:
+    """Return the callbacks of `train.report_to`; what they write stays inside the run directory.
+
+    Raises:
+        UsageError: A tracker's package is not installed.
+    """
+    made: list[TrainerCallback] = []
+    for name in recipe.train.report_to:
+        try:
+            made.append(_TRACKERS[name](run))
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"train.report_to: {name} is not installed; pip install 'peftctl[{name}]'") from error
+    return made
+
+
+def _tensorboard(run: RunDir) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(run.path / "tensorboard")))
+
+
+def _wandb(run: RunDir) -> TrainerCallback:
+    from transformers.integrations import WandbCallback
+
+    os.environ.setdefault("WANDB_DIR", str(run.path))
+    return WandbCallback()
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

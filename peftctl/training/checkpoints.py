@@ -1,0 +1,86 @@
+"""What a checkpoint holds beyond the Trainer's own files: the optimized tensors, the method's state, the stage.
+
+    checkpoint-N/  trainable.safetensors  method.pt  stage.json  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
+
+Only tensors that the optimizer owns are saved, by name: the frozen base is never copied.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftctl.errors import ArtifactError
+from peftctl.methods.base import Method
+from peftctl.training.optimizers import optimized_tensors
+
+TENSORS, METHOD, STAGE = "trainable.safetensors", "method.pt", "stage.json"
+
+
+@dataclass(frozen=True)
+class StageMark:
+    """Where in the run a checkpoint stands.
+
+    Args:
+        index: Position of the stage.
+        name: Its name.
+        offset: Optimizer steps of the stages before it.
+        train_tokens: Tokens seen so far, padding excluded.
+        supervised_tokens: Those that were trained on.
+        seconds: Training time so far.
+    """
+
+    index: int
+    name: str
+    offset: int
+    train_tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+
+def write_state(folder: Path, model: nn.Module, optimizer: Any, method: Method, mark: StageMark) -> None:
+    """Write our part of a checkpoint into a folder that is renamed into place afterwards."""
+    tensors = {name: p.detach().contiguous().cpu() for name, p in optimized_tensors(optimizer, model).items()}
+    save_file(tensors, folder / TENSORS)
+    torch.save(method.state_dict(), folder / METHOD)
+    (folder / STAGE).write_text(json.dumps(asdict(mark)), encoding="utf-8")
+
+
+def read_mark(folder: Path) -> StageMark:
+    """Return where a checkpoint stands."""
+    try:
+        return StageMark(**json.loads((folder / STAGE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_state(folder: Path, model: nn.Module, method: Method) -> None:
+    """Copy the saved tensors into the model and restore the method's state.
+
+    Raises:
+        ArtifactError: A file is damaged, or the tensors are not those of this model.
+    """
+    try:
+        tensors = load_file(folder / TENSORS)
+        state = torch.load(folder / METHOD, weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise _damaged(folder, error) from error
+    parameters = dict(model.named_parameters())
+    wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    if wrong:
+        raise ArtifactError(f"{folder}: holds tensors that this model does not have, e.g. {wrong[0]}; use --fresh")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    method.load_state_dict(state)
+
+
+def _damaged(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{folder}: the checkpoint is damaged ({error}); delete it to go on from an earlier one")

@@ -1,0 +1,62 @@
+"""What a run tells the outside: progress to whoever shows it, and a line of metrics.jsonl at every log step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Reporter:
+    """Receives what a run has to say; this one is silent. `console.py` has the one that prints."""
+
+    def notice(self, text: str) -> None:
+        """One line that the user should see once."""
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """A stretch of `total` steps begins, `done` of them finished in an earlier process."""
+
+    def step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """`step` steps are finished; metrics come at log steps."""
+
+    def end(self) -> None:
+        """The stretch is over."""
+
+
+class MetricsFile:
+    """Appends one JSON object a log step; a half-written last line after a kill is cut by the run directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, metrics: Mapping[str, object]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def loss_curve(metrics: Path, png: Path) -> bool:
+    """Draw training and held-out loss over optimizer steps; False where matplotlib is missing or nothing was logged."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    series = {
+        key: [(r["step"], r[key]) for r in rows if isinstance(r.get(key), float)] for key in ("loss", "eval_loss")
+    }
+    if not series["loss"]:
+        return False
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for (key, points), style in zip(series.items(), ("-", "o--"), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=120)
+    pyplot.close(figure)
+    return True

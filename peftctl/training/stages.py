@@ -1,0 +1,135 @@
+"""Runs a method's stages in order; a resumed run goes on in the stage and at the step where it was.
+
+Between stages the optimizer, the schedule and their state are dropped and built anew, because a stage may change
+which tensors train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftctl.artifacts.rundir import RunDir
+from peftctl.data.collate import Collator
+from peftctl.data.encode import EncodedRow
+from peftctl.errors import Interrupted, RunError
+from peftctl.methods.base import Method, Stage
+from peftctl.recipe.schema import Recipe
+from peftctl.training.arguments import library_arguments
+from peftctl.training.checkpoints import StageMark, read_mark
+from peftctl.training.report import Reporter
+from peftctl.training.signals import stop_on_signal
+from peftctl.training.trainer import MethodTrainer, StageRun
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every stage trains on and writes to."""
+
+    recipe: Recipe
+    method: Method
+    train_rows: Sequence[EncodedRow]
+    eval_rows: Sequence[EncodedRow]
+    collate: Collator
+    run: RunDir
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Totals over all stages and all processes of the run.
+
+    Args:
+        steps: Optimizer steps.
+        train_tokens: Tokens, padding excluded.
+        supervised_tokens: Tokens that were trained on.
+        seconds: Training time, evaluation excluded.
+        loss: Mean loss of the last log step.
+    """
+
+    steps: int
+    train_tokens: int
+    supervised_tokens: int
+    seconds: float
+    loss: float
+
+
+def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
+    """Train all stages from the beginning, or from a checkpoint.
+
+    Raises:
+        Interrupted: A signal asked to stop; a checkpoint was written.
+        RunError: The loss diverged, or the disk is full.
+    """
+    stages = work.method.stages()
+    main_steps = total_steps(work.recipe, len(work.train_rows))
+    mark = read_mark(checkpoint) if checkpoint else StageMark(0, stages[0].name, 0)
+    trainer = None
+    with stop_on_signal() as stop:
+        for index in range(mark.index, len(stages)):
+            stage = stages[index]
+            work.method.enter(model, stage)
+            here = mark if index == mark.index else _next_mark(trainer, index, stage)
+            stage_run = StageRun(**vars(work), stop=stop, mark=here)
+            args = library_arguments(
+                work.recipe,
+                work.run,
+                autocast=work.method.autocast,
+                max_steps=_stage_steps(stage, main_steps),
+                use_cpu=not torch.cuda.is_available(),
+            )
+            trainer = MethodTrainer(stage_run, model, args)
+            resumed = str(checkpoint) if checkpoint and index == mark.index else None
+            trainer.train(resume_from_checkpoint=resumed)
+            if stop and stop.signal is not None:
+                raise _interrupted(work.run, trainer.total_step, stop.signal.name)
+    if trainer is None:
+        raise RunError("the method has no stage left to train")
+    return _totals(trainer)
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Return the optimizer steps of the main stage in one process."""
+    train = recipe.train
+    if train.max_steps:
+        return train.max_steps
+    return math.ceil(train.epochs * steps_per_epoch(recipe, rows))
+
+
+def steps_per_epoch(recipe: Recipe, rows: int) -> int:
+    """Return the optimizer steps of one pass over the rows; the last one may be smaller."""
+    return math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation))
+
+
+def _stage_steps(stage: Stage, main_steps: int) -> int:
+    if stage.steps is None:
+        return main_steps
+    return stage.steps if isinstance(stage.steps, int) else max(1, round(stage.steps * main_steps))
+
+
+def _next_mark(trainer: MethodTrainer | None, index: int, stage: Stage) -> StageMark:
+    assert trainer is not None  # a later stage follows one that ran in this process
+    return StageMark(index, stage.name, trainer.total_step, trainer.tokens, trainer.supervised, trainer.seconds())
+
+
+def _interrupted(run: RunDir, step: int, signal_name: str) -> Interrupted:
+    return Interrupted(
+        f"stopped by {signal_name} after step {step}; a checkpoint is in {run.checkpoints}/checkpoint-{step}. "
+        f"Go on with: peftctl train {run.recipe} --resume"
+    )
+
+
+def _totals(trainer: MethodTrainer) -> Trained:
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return Trained(
+        steps=trainer.total_step,
+        train_tokens=trainer.tokens,
+        supervised_tokens=trainer.supervised,
+        seconds=trainer.seconds(),
+        loss=losses[-1] if losses else float("nan"),
+    )

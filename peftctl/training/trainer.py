@@ -1,0 +1,297 @@
+"""One transformers Trainer for every method: it asks the method for groups, loss and schedules.
+
+It differs from the library's in six things: logits only at supervised positions; batches of rows of similar length,
+dealt from the global batch; the loss scaled once by the supervised tokens of the step; checkpoints written aside and
+renamed; a stop request read at the end of each step; and a non-finite gradient ends the run before it reaches a weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from peftctl.artifacts.rundir import RunDir, staged
+from peftctl.data.batching import GroupedBatches
+from peftctl.data.collate import Collator
+from peftctl.data.encode import EncodedRow
+from peftctl.errors import RunError
+from peftctl.evaluation.loss import held_out_loss
+from peftctl.methods.base import Callback, Method, StepInfo
+from peftctl.models.supervised import supervised_forward
+from peftctl.recipe.schema import Recipe
+from peftctl.training.arguments import trackers
+from peftctl.training.checkpoints import StageMark, read_state, write_state
+from peftctl.training.optimizers import build_optimizer
+from peftctl.training.report import MetricsFile, Reporter
+from peftctl.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """All that one stage of a run needs.
+
+    Args:
+        mark: Where it starts; `offset` optimizer steps lie behind it.
+        stop: Set by a signal.
+    """
+
+    recipe: Recipe
+    method: Method
+    train_rows: Sequence[EncodedRow]
+    eval_rows: Sequence[EncodedRow]
+    collate: Collator
+    run: RunDir
+    reporter: Reporter
+    stop: StopRequest
+    mark: StageMark
+
+
+class _EpochLoader(DataLoader):
+    """Passes the epoch on to the batch sampler, which the Trainer does only for wrapped loaders."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class MethodTrainer(Trainer):
+    """Trains one stage of one method.
+
+    Args:
+        stage: What to train on and where to write.
+        model: The model that `Method.apply` returned.
+        args: Library settings made by `stages.py`.
+    """
+
+    def __init__(self, stage: StageRun, model: Any, args: TrainingArguments):
+        self.stage = stage
+        self.parts: dict[str, float] = defaultdict(float)
+        self.tokens = stage.mark.train_tokens
+        self.supervised = stage.mark.supervised_tokens
+        self.seconds_before = stage.mark.seconds
+        self.started = self.logged_at = time.monotonic()
+        self.logged_tokens = (self.tokens, self.supervised)
+        self.metrics_file = MetricsFile(stage.run.metrics)
+        self.extra: dict[str, float] = {}
+        self.logged_step = 0
+        self.saved_at = -1
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=stage.train_rows,  # type: ignore[arg-type]
+            eval_dataset=stage.eval_rows or None,  # type: ignore[arg-type]
+            data_collator=stage.collate,
+            callbacks=[
+                *(_Hooks(self, callback) for callback in stage.method.callbacks(model)),
+                _StopAndShow(self),
+                *trackers(stage.recipe, stage.run),
+            ],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return batches of rows of similar length; order and grouping follow from (seed, epoch, global batch)."""
+        train = self.stage.recipe.train
+        sampler = GroupedBatches(
+            [len(row.input_ids) for row in self.stage.train_rows],
+            batch_size=train.batch_size,
+            accumulation=train.gradient_accumulation,
+            seed=train.seed,
+        )
+        return _EpochLoader(
+            self.stage.train_rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.stage.collate,
+            generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random state
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the micro-batches of one optimizer step and their number of supervised tokens."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        self.supervised += supervised
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return batches, supervised
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the loss of a micro-batch, scaled so that the micro-batches of a step add up to its mean."""
+        parts = self.stage.method.loss(model, inputs, lambda batch: supervised_forward(model, batch))
+        total = parts.pop("loss") / max(num_items_in_batch, 1)
+        self._count("loss", total)
+        for name, part in parts.items():
+            scaled = part / self.current_gradient_accumulation_steps
+            self._count(name, scaled)
+            total = total + scaled
+        # The library divides by the accumulation where it believes that nobody scaled the loss.
+        self.loss_is_scaled_for_ga = True
+        return total
+
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        self.parts[name] += value.detach()  # stays on the device: read only at log steps
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm before clipping, and refuse a gradient that would poison the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):  # with fp16 the loss scaler skips the step
+            raise RunError(
+                f"step {self.total_step + 1}: the gradient is not finite, so the loss has diverged; no weight was "
+                "changed by it. Lower train.learning_rate, or train in float32"
+            )
+        return norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the library's estimate walks all parameters at every micro-step."""
+        return 0
+
+    # -- optimizer -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Build the optimizer of this stage."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.stage.method, self.model, self.args, self.stage.recipe.train)
+        return self.optimizer
+
+    # -- log and evaluate ----------------------------------------------------------------------------------------
+
+    @property
+    def total_step(self) -> int:
+        """Optimizer steps since the run began, over all stages."""
+        return self.stage.mark.offset + self.state.global_step
+
+    def seconds(self) -> float:
+        """Training time of the run so far."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write one line of metrics and show it."""
+        if "train_runtime" in logs:  # the library's closing summary; ours is summary.json
+            return
+        line: dict[str, Any] = {"step": self.total_step, "stage": self.stage.mark.name}
+        line["epoch"] = round(self.state.epoch or 0.0, 4)
+        if "loss" in logs:
+            logs = logs | self._interval()
+        line |= logs | self.extra
+        self.extra.clear()
+        self.metrics_file.write(line)
+        self.state.log_history.append(line)
+        self.stage.reporter.step(self.state.global_step, line)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _interval(self) -> dict[str, float]:
+        """Return speed and loss parts since the last log step."""
+        now = time.monotonic()
+        passed = max(now - self.logged_at, 1e-9)
+        steps = max(self.state.global_step - self.logged_step, 1)
+        tokens, supervised = self.tokens - self.logged_tokens[0], self.supervised - self.logged_tokens[1]
+        self.logged_at, self.logged_step = now, self.state.global_step
+        self.logged_tokens = (self.tokens, self.supervised)
+        parts = {name: float(value) / steps for name, value in self.parts.items()}
+        self.parts.clear()
+        extra = parts if len(parts) > 1 else {}
+        speed = {"tokens_per_second": tokens / passed, "supervised_tokens_per_second": supervised / passed}
+        return {f"loss_{name}" if name == "loss" else name: v for name, v in extra.items()} | speed
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return and log the held-out loss; the time it takes does not count as training."""
+        began = time.monotonic()
+        held_out = held_out_loss(
+            self.model, self.stage.eval_rows, self.stage.collate, self.stage.recipe.eval.batch_size
+        )
+        metrics = {f"eval_{name}": float(value) for name, value in held_out.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        passed = time.monotonic() - began
+        self.started, self.logged_at = self.started + passed, self.logged_at + passed
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write everything that resume needs aside, then rename it into place."""
+        if self.saved_at == self.total_step:  # a stop request at the end of an epoch asks twice
+            return
+        self.saved_at = self.total_step
+        began = time.monotonic()
+        mark = StageMark(
+            index=self.stage.mark.index,
+            name=self.stage.mark.name,
+            offset=self.stage.mark.offset,
+            train_tokens=self.tokens,
+            supervised_tokens=self.supervised,
+            seconds=self.seconds(),
+        )
+        with staged(self.stage.run.checkpoints / f"checkpoint-{self.total_step}") as folder:
+            folder.mkdir(exist_ok=True)
+            write_state(folder, self.model, self.optimizer, self.stage.method, mark)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.stage.run.drop_old_checkpoints(self.stage.recipe.train.save_total_limit)
+        self.logged_at += time.monotonic() - began
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restore the optimized tensors and the method's state."""
+        read_state(Path(resume_from_checkpoint), self.model, self.stage.method)
+
+
+class _StopAndShow(TrainerCallback):
+    """Shows progress, and turns a stop request into a checkpoint and an end."""
+
+    def __init__(self, trainer: MethodTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.started = self.trainer.logged_at = time.monotonic()
+        self.trainer.logged_step = state.global_step
+        self.trainer.stage.reporter.begin(self.trainer.stage.mark.name, state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.stage.reporter.step(state.global_step)
+        control.should_log |= state.global_step >= state.max_steps
+        if self.trainer.stage.stop:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.stage.reporter.end()
+
+
+class _Hooks(TrainerCallback):
+    """Adapts a method's torch-free Callback to the library's."""
+
+    def __init__(self, trainer: MethodTrainer, callback: Callback):
+        self.trainer = trainer
+        self.callback = callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._call(self.callback.stage_begins)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._call(self.callback.before_optimizer)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._call(self.callback.after_optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._call(self.callback.after_step)
+
+    def _call(self, hook: Callable[[StepInfo], None]) -> None:
+        trainer = self.trainer
+        info = StepInfo(trainer.state.global_step, trainer.state.max_steps, trainer.model, trainer.optimizer)
+        hook(info)
+        trainer.extra.update(info.log)

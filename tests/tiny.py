@@ -1,0 +1,70 @@
+"""Tiny models and tokenizers made on the spot: no download, the same on every machine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_TEXT = """Book a table for two people at seven on Friday evening, please, and tell the waiter about my allergy.
+{"action": "book", "when": {"day": "friday", "hour": 19}, "people": 2, "note": null}
+user assistant system tool true false null 0 1 2 3 4 5 6 7 8 9 answer the question with one word or a number"""
+
+
+@cache
+def tiny_tokenizer(template: str | None = CHATML):
+    """Byte-level BPE of 400 tokens; eos <|im_end|>, bos and unk <|endoftext|>, pad <|pad|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    raw.train_from_iterator([_TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_llama(seed: int = 0, tie: bool = True, dtype: str = "float32"):
+    """Llama-like, 4 layers, d 32, 4 heads over 2 key-value heads, no biases, RMSNorm."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie, bos_token_id=0,
+        eos_token_id=2, pad_token_id=3, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+
+
+def tiny_opt(seed: int = 0):
+    """OPT-like, 2 layers, d 32: biases, LayerNorm, learned positions."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=400, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, word_embed_proj_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=3,
+        init_std=0.2, dropout=0.0,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+def save_tiny(path: Path, model=None, template: str | None = CHATML) -> Path:
+    """Write a tiny model with its tokenizer in the hub's layout."""
+    (tiny_llama() if model is None else model).save_pretrained(path)
+    tiny_tokenizer(template).save_pretrained(path)
+    return path
