@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from peftctl import __version__, console
@@ -39,14 +38,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     debug = bool(os.environ.get("PEFTCTL_DEBUG"))
     try:
-        return app(args=arguments, standalone_mode=False, prog_name="peftctl") or 0
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+        app(args=arguments, prog_name="peftctl")
+    except SystemExit as end:  # typer has shown its own errors
+        return int(end.code or 0)
+    except KeyboardInterrupt:
         console.fail("stopped")
-        return 1
-    except BrokenPipeError:
         return 1
     except (PeftctlError, OSError, MemoryError) as error:
         if debug:
@@ -59,6 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         console.fail("out of device memory; lower train.batch_size (raise train.gradient_accumulation instead), "
                      "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory")  # fmt: skip
         return 1
+    return 0
 
 
 def main() -> None:

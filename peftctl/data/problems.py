@@ -50,3 +50,8 @@ class Problems:
 def kind(value: Any) -> str:
     """Return what a value is, in the words of a JSON file."""
     return _KINDS.get(type(value), type(value).__name__)
+
+
+def wrong(where: str, message: str, hint: str = "") -> DataError:
+    """Return the error of one problem."""
+    return DataError([Problem(where, message, hint)])

@@ -20,6 +20,7 @@ Rows = Iterator[tuple[dict[str, Any], str]]
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPE = "\\u"
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -31,12 +32,12 @@ def jsonl(path: Path, shown: str, problems: Problems) -> Rows:
         except json.JSONDecodeError as error:
             problems.add(f"{shown}:{number}:{error.colno}", f"broken JSON: {error.msg}")
             continue
-        yield from _checked(value, f"{shown}:{number}", problems)
+        yield from _checked(value, f"{shown}:{number}", problems, escapes=_ESCAPE in line)
 
 
 def json_file(path: Path, shown: str, problems: Problems) -> Rows:
     """Yield the objects of a list, of {"data": [...]}, or of a file that is JSON lines by another name."""
-    text = "\n".join(line for _, line in _lines(path, shown, problems, blank=True))
+    text = _text(path, shown, problems)
     start = _skip(text, 0)
     if start == len(text):
         return
@@ -53,18 +54,19 @@ def json_file(path: Path, shown: str, problems: Problems) -> Rows:
         return
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         for i, item in enumerate(value["data"]):
-            yield from _checked(item, f"{shown}:data[{i}]", problems)
+            yield from _checked(item, f"{shown}:data[{i}]", problems, escapes=_ESCAPE in text)
     elif isinstance(value, dict) and "\n" not in text.strip():
-        yield from _checked(value, f"{shown}:1", problems)
+        yield from _checked(value, f"{shown}:1", problems, escapes=_ESCAPE in text)
     else:
         problems.add(shown, f'expected a list of rows or {{"data": [...]}}, got {kind(value)}')
 
 
 def csv_file(path: Path, shown: str, problems: Problems) -> Rows:
     """Yield the records below the header line; quoted fields may span lines."""
-    text = "\n".join(line for _, line in _lines(path, shown, problems, blank=True))
+    text = _text(path, shown, problems)
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 1
     try:
@@ -105,7 +107,7 @@ def parquet(path: Path, shown: str, problems: Problems) -> Rows:
     except pyarrow.ArrowException as error:
         problems.add(shown, f"not a readable parquet file: {_first_line(error)}")
         return
-    yield from _table_rows(table, shown)
+    yield from _table_rows(table, shown, problems)
 
 
 def arrow(path: Path, shown: str, problems: Problems) -> Rows:
@@ -122,32 +124,53 @@ def arrow(path: Path, shown: str, problems: Problems) -> Rows:
     except pyarrow.ArrowException as error:
         problems.add(shown, f"not a readable arrow file: {_first_line(error)}")
         return
-    yield from _table_rows(table, shown)
+    yield from _table_rows(table, shown, problems)
 
 
-def _table_rows(table: Any, shown: str) -> Rows:
-    for i, fields in enumerate(table.to_pylist(), 1):
+def _table_rows(table: Any, shown: str, problems: Problems) -> Rows:
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        problems.add(shown, f"expected UTF-8 text in its columns, got byte 0x{error.object[error.start]:02X}")
+        return
+    for i, fields in enumerate(rows, 1):
         yield fields, f"{shown}:{i}"
 
 
-def _lines(path: Path, shown: str, problems: Problems, *, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text) of each line that is UTF-8; blank lines only on request.
-
-    Lines end at a line feed alone: str.splitlines would also cut at characters that JSON allows inside text.
-    """
+def _content(path: Path, shown: str, problems: Problems) -> bytes:
+    """Return the bytes behind a byte-order mark; none where the file is UTF-16."""
     content = path.read_bytes().removeprefix(_BOM)
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         problems.add(f"{shown}:1", "expected UTF-8, got UTF-16", "save the file as UTF-8")
-        return
-    for number, raw in enumerate(content.split(b"\n"), 1):
+        return b""
+    return content
+
+
+def _lines(path: Path, shown: str, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, text) of each line that is UTF-8 and not blank.
+
+    Lines end at a line feed alone: str.splitlines would also cut at characters that JSON allows inside text.
+    """
+    for number, raw in enumerate(_content(path, shown, problems).split(b"\n"), 1):
         try:
             line = raw.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
             found = f"byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line"
             problems.add(f"{shown}:{number}", f"expected UTF-8, got {found}", "save the file as UTF-8")
             continue
-        if blank or line.strip():
+        if line.strip():
             yield number, line
+
+
+def _text(path: Path, shown: str, problems: Problems) -> str:
+    """Return the whole file as text; nothing where a line of it is not UTF-8."""
+    content = _content(path, shown, problems)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        for _ in _lines(path, shown, problems):
+            pass  # reads on for every line that is wrong
+        return ""
 
 
 def _list_items(text: str, start: int, shown: str, problems: Problems) -> Rows:
@@ -163,7 +186,7 @@ def _list_items(text: str, start: int, shown: str, problems: Problems) -> Rows:
         except json.JSONDecodeError as error:
             problems.add(f"{shown}:{error.lineno}:{error.colno}", f"broken JSON: {error.msg}")
             return
-        yield from _checked(value, f"{shown}:{line}", problems)
+        yield from _checked(value, f"{shown}:{line}", problems, escapes=_ESCAPE in text)
         position = _skip(text, position)
         closed = text[position : position + 1] == "]"
         if not closed and text[position : position + 1] != ",":
@@ -178,10 +201,11 @@ def _list_items(text: str, start: int, shown: str, problems: Problems) -> Rows:
         problems.add(f"{shown}:{at.lineno}:{at.colno}", f"broken JSON: {at.msg}")
 
 
-def _checked(value: Any, where: str, problems: Problems) -> Rows:
+def _checked(value: Any, where: str, problems: Problems, *, escapes: bool) -> Rows:
+    """Yield the row if it is an object of whole characters; only escapes can write half of one."""
     if not isinstance(value, dict):
         problems.add(where, f"expected an object with named fields, got {kind(value)}")
-    elif _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    elif escapes and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         problems.add(where, "half a character (a lone \\ud800-\\udfff escape)", "write the whole character")
     else:
         yield value, where

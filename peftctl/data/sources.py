@@ -16,7 +16,7 @@ from typing import Any
 
 from peftctl.data import readers
 from peftctl.data.problems import Problems
-from peftctl.errors import DataError, Problem, did_you_mean
+from peftctl.errors import did_you_mean
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
@@ -70,7 +70,7 @@ def read_rows(paths: str | list[str]) -> list[Row]:
 
 
 def _is_hub_id(source: str) -> bool:
-    looks_local = Path(source).suffix in _READERS or Path(source).exists() or glob.has_magic(source)
+    looks_local = Path(source).suffix.lower() in _READERS or Path(source).exists()
     return not looks_local and _HUB_ID.fullmatch(source) is not None
 
 
@@ -78,7 +78,7 @@ def _file_rows(file: Path, problems: Problems) -> list[Row]:
     shown = _shown(file)
     broken_before = len(problems.shown) + problems.more
     try:
-        rows = [Row(fields, where) for fields, where in _READERS[file.suffix](file, shown, problems)]
+        rows = [Row(fields, where) for fields, where in _READERS[file.suffix.lower()](file, shown, problems)]
     except OSError as error:
         problems.add(shown, f"can't be read: {error.strerror or error}")
         return []
@@ -91,7 +91,7 @@ def _files(source: str, problems: Problems) -> list[Path]:
     """Return the files that a path, glob or folder stands for."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in _READERS and not _hidden(file, path))
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and not _hidden(file, path))
         if not found:
             problems.add(_shown(path), f"the folder holds no data file; known: {', '.join(_READERS)}")
         return found
@@ -104,9 +104,9 @@ def _files(source: str, problems: Problems) -> list[Path]:
             what = "no file matches this pattern" if glob.has_magic(source) else "no such file"
             problems.add(_shown(path), what, _near(path))
     for file in found:
-        if file.suffix not in _READERS:
+        if file.suffix.lower() not in _READERS:
             problems.add(_shown(file), f"unknown kind of file '{file.suffix}'", f"known: {', '.join(_READERS)}")
-    return [file for file in found if file.suffix in _READERS]
+    return [file for file in found if file.suffix.lower() in _READERS]
 
 
 def _near(path: Path) -> str:
@@ -140,5 +140,5 @@ def _hub_rows(source: str, problems: Problems) -> list[Row]:
         return []
     rows = [Row(dict(fields), f"{source}:{i}") for i, fields in enumerate(loaded, 1)]
     if not rows:
-        raise DataError([Problem(source, "expected rows, but the data set is empty")])
+        problems.add(source, "expected rows, but the data set is empty")
     return rows

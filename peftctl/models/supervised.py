@@ -32,7 +32,7 @@ class Supervised:
     labels: torch.Tensor
 
     def cross_entropy(self) -> torch.Tensor:
-        """Return the scalar sum of cross-entropies, float32 (float64 for float64 logits); 0 with a graph where n is 0."""
+        """Return the scalar sum of cross-entropies, in float32 or wider; 0, still with a graph, where n is 0."""
         return _SummedCrossEntropy.apply(self.logits, self.labels)
 
     def correct(self) -> torch.Tensor:
@@ -53,24 +53,35 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor]) -> Supervi
         n = number of labels[:, 1:] that are not -100.
     """
     labels = batch["labels"]
-    wanted = labels[:, 1:] != IGNORED
+    # Found once and early: every look-up by a mask would make the host wait for the device.
+    row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    places = _Places(row, position, labels.shape[1])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with _rows_before_head(model, wanted) as hooked:
+    with _rows_before_head(model, places) as hooked:
         logits = model(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
-    chosen = logits.squeeze(0) if hooked else _select(logits, wanted)
-    return Supervised(chosen, labels[:, 1:][wanted].to(chosen.device))
+    chosen = logits.squeeze(0) if hooked else places.pick(logits)
+    return Supervised(chosen, labels[row, position + 1].to(chosen.device))
 
 
-def _select(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Pick (n, d) of (batch, prompt + seq, d); counted from the right, since prompt methods lengthen rows on the left."""
-    seq = wanted.shape[1] + 1
-    return states[:, -seq:][:, : seq - 1][wanted.to(states.device)]
+@dataclass(frozen=True)
+class _Places:
+    """Where the supervised tokens' predecessors are: (n,) rows, (n,) positions in rows of `seq` tokens."""
+
+    row: torch.Tensor
+    position: torch.Tensor
+    seq: int
+
+    def pick(self, states: torch.Tensor) -> torch.Tensor:
+        """Pick (n, d) of (batch, prompt + seq, d): prompt methods lengthen rows on the left."""
+        length = states.shape[1]
+        flat = self.row * length + (length - self.seq) + self.position
+        return states.flatten(0, 1).index_select(0, flat.to(states.device))
 
 
 @contextmanager
-def _rows_before_head(model: Any, wanted: torch.Tensor) -> Iterator[list[bool]]:
-    """Let the model's head see only the wanted rows; the yielded list is empty until that has happened."""
+def _rows_before_head(model: Any, places: _Places) -> Iterator[list[bool]]:
+    """Let the model's head see only these places; the yielded list is empty until that has happened."""
     happened: list[bool] = []
 
     def pick(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -78,7 +89,7 @@ def _rows_before_head(model: Any, wanted: torch.Tensor) -> Iterator[list[bool]]:
             return None
         happened.append(True)
         # (1, n, d): code after the head may index logits as (batch, seq, vocab).
-        return (_select(args[0], wanted).unsqueeze(0), *args[1:])
+        return (places.pick(args[0]).unsqueeze(0), *args[1:])
 
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(pick) if head is not None else None

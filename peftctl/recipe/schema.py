@@ -26,7 +26,9 @@ Rate = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, nothing is coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
@@ -100,7 +102,7 @@ class TrainSection(Section):
     """Optimizer of the trainable tensors."""
     max_grad_norm: Rate = 1.0
     """Clip the global gradient norm to this; 0 never clips."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds data order, initialisation and dropout."""
     logging_steps: Positive = 10
     """Optimizer steps between two lines of metrics.jsonl."""

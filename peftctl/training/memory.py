@@ -71,8 +71,7 @@ def plan_memory(
     else:
         activations = tokens * block * layers
     positions = sum(supervised[i] for i in longest)
-    # Kept for the backward pass: logits in the compute type, their float32 copy and its gradient.
-    logits = positions * config.vocab_size * (2 * compute + 8)
+    logits = positions * config.vocab_size * 2 * compute  # themselves and their gradient
     return MemoryPlan(
         weights=weights,
         gradients=trainable * 4,

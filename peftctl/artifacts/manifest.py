@@ -1,0 +1,87 @@
+"""peftctl.json: what an artefact is, what base it needs, and how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftctl.errors import ArtifactError
+from peftctl.models.aliases import ALIASES
+from peftctl.recipe.schema import Recipe
+
+NAME = "peftctl.json"
+FORMAT = 1
+
+
+def build(recipe: Recipe, base_fingerprint: str, chat_template: Any) -> dict[str, Any]:
+    """Return the content of peftctl.json for the result of a run.
+
+    Args:
+        recipe: The run's recipe.
+        base_fingerprint: Of the base model's weights.
+        chat_template: The tokenizer's: a string, a mapping of names to strings, or None.
+    """
+    return {
+        "format": FORMAT,
+        "method": recipe.method.name,
+        "config": recipe.method.model_dump(mode="json"),
+        "base": {
+            "name": portable_name(recipe.model.name_or_path),
+            "revision": recipe.model.revision,
+            "fingerprint": base_fingerprint,
+            "dtype": recipe.model.dtype,
+        },
+        "task": recipe.model.task,
+        "template_hash": hashlib.sha256(json.dumps(chat_template).encode()).hexdigest() if chat_template else None,
+        "config_changes": {},
+        "tasks": [],
+    }
+
+
+def portable_name(name_or_path: str) -> str:
+    """Return an alias or hub id as it is, and a local path made absolute."""
+    if name_or_path not in ALIASES and (path := Path(name_or_path).expanduser()).exists():
+        return str(path.resolve())
+    return name_or_path
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write peftctl.json into a folder that is still aside."""
+    (folder / NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's peftctl.json; empty where it has none, as with artefacts of other tools.
+
+    Raises:
+        ArtifactError: It is damaged, or of a later format.
+    """
+    if not (folder / NAME).is_file():
+        return {}
+    content = read_json(folder / NAME)
+    if content.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder / NAME}: expected format {FORMAT}, found {content.get('format')!r}; a newer peftctl may read it"
+        )
+    missing = {"method", "base", "task"} - content.keys()
+    if missing or not isinstance(content["base"], dict):
+        raise ArtifactError(f"{folder / NAME}: is damaged: no {', '.join(sorted(missing)) or 'base'} in it")
+    return content
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object from a file of an artefact.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: can't be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

@@ -1,0 +1,86 @@
+"""Write the result of a run, checked: adapter/ or model/ with tokenizer, model card and peftctl.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from peftctl.artifacts import manifest as manifests
+from peftctl.artifacts.checks import check_weights
+from peftctl.artifacts.model_card import render_card
+from peftctl.artifacts.rundir import RunDir, staged
+from peftctl.methods.base import Card
+from peftctl.models.aliases import resolve
+from peftctl.recipe.schema import Recipe
+
+MAX_SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """What an artefact says about itself.
+
+    Args:
+        method: Name of the method.
+        card: Its card.
+        recipe: The run's resolved recipe.
+        base_fingerprint: Of the base model's weights, before training.
+        facts: Figures of the run for the model card; None and NaN are left out.
+    """
+
+    method: str
+    card: Card
+    recipe: Recipe
+    base_fingerprint: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_artifact(
+    exported: Any, tokenizer: Any, run: RunDir, info: ArtifactInfo, *, max_shard_size: str = MAX_SHARD
+) -> Path:
+    """Write what `Method.export` returned into the run directory.
+
+    Args:
+        exported: A PeftModel (goes to adapter/), a PreTrainedModel (goes to model/), or None: the tokenizer with its
+            template is the whole result (goes to adapter/).
+        tokenizer: As the run used it.
+        run: Where to.
+        info: What the model card and peftctl.json say.
+        max_shard_size: Largest file of a whole model.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        ArtifactError: A post-condition does not hold: keys, sizes, finite values. Nothing was written.
+        RunError: The disk is full.
+    """
+    target = run.model if isinstance(exported, PreTrainedModel) else run.adapter
+    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template)
+    with staged(target) as folder:
+        folder.mkdir()
+        if isinstance(exported, PreTrainedModel):
+            exported.save_pretrained(folder, max_shard_size=max_shard_size)
+            check_weights(folder)
+        elif exported is not None:
+            _save_adapter(exported, folder, info.recipe)
+        tokenizer.save_pretrained(folder)
+        manifests.write(folder, manifest)
+        (folder / "README.md").write_text(render_card(exported, info), encoding="utf-8")
+    return target
+
+
+def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> None:
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = manifests.portable_name(resolve(recipe.model.name_or_path))
+    config.revision = recipe.model.revision
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Embeddings that are not trained are the base's, and peft would copy them where a target is one.
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    check_weights(folder, expected)

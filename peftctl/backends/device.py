@@ -1,0 +1,130 @@
+"""The device of this process: which one, how many threads, how much memory it has, holds and held at the peak."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from peftctl.errors import UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROCESS = Path("/proc/self/status")
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
+
+
+def current_device() -> torch.device:
+    """Return the accelerator of this process, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the type that a recipe names float32, bfloat16 or float16."""
+    return _DTYPES[name]
+
+
+def set_threads() -> None:
+    """Use as many threads as this process may use cores, unless the user has set OMP_NUM_THREADS."""
+    # `accelerate launch` writes a 1 there itself, which would leave all cores but one idle.
+    by_accelerate = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "OMP_NUM_THREADS" not in os.environ or by_accelerate:
+        torch.set_num_threads(_usable_cores())
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak, where the system can: on a GPU, or on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        _CLEAR_PEAK.write_text("5")
+    except OSError:  # another system, or a container that forbids it: the peak stays that of the whole process
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory since `reset_peak_memory`: allocated on the GPU, else resident in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _kibibytes(_PROCESS, "VmHWM") or _peak_of_process()
+
+
+def current_memory_bytes() -> int:
+    """Return the main memory that this process holds now; its peak where the system does not tell."""
+    return _kibibytes(_PROCESS, "VmRSS") or _peak_of_process()
+
+
+def available_memory_bytes(kind: str) -> int | None:
+    """Return the memory that this process may have in all; None where this machine has no such device or can't tell.
+
+    Args:
+        kind: `cuda`, `mps` or `cpu`.
+    """
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(current_device()).total_memory if torch.cuda.is_available() else None
+    free = _kibibytes(_MACHINE, "MemAvailable")
+    if free is None:
+        return None
+    within = _first_word(_CONTAINER / "memory.max")
+    of_machine = free + current_memory_bytes()
+    return min(of_machine, int(within)) if within.isdigit() else of_machine
+
+
+def refuse_unlaunched_world() -> None:
+    """Raise where a launcher started several processes: each would train on its own and write the same directory.
+
+    Raises:
+        UsageError: WORLD_SIZE is above 1.
+    """
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if world != "1":
+        raise UsageError(f"WORLD_SIZE is {world}, but this version trains in one process; start it without a launcher")
+
+
+def leave_deepspeed_out() -> None:
+    """Keep accelerate from importing DeepSpeed in a run without it: that takes two seconds and prints log lines.
+
+    accelerate imports it only to ask whether a model is one of its engines.
+    """
+    from accelerate.utils import other
+
+    other.is_deepspeed_available = lambda: False  # type: ignore[attr-defined]
+
+
+def _usable_cores() -> int:
+    """Return the cores that affinity and a container's quota leave to this process."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = _first_word(_CONTAINER / "cpu.max")
+    if quota.isdigit():
+        period = int((_CONTAINER / "cpu.max").read_text().split()[1])
+        cores = min(cores, -(-int(quota) // period))
+    return cores
+
+
+def _kibibytes(file: Path, key: str) -> int | None:
+    """Return the bytes of a `key:  123 kB` line; None without such a file or line."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+
+
+def _first_word(file: Path) -> str:
+    try:
+        return file.read_text().split()[0]
+    except OSError:
+        return ""
+
+
+def _peak_of_process() -> int:
+    import resource  # not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

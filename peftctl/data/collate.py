@@ -1,0 +1,47 @@
+"""Rows -> one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftctl.data.encode import IGNORED, EncodedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Collator:
+    """Pads rows on the right. Labels follow from rows alone, so that EOS as padding token does no harm.
+
+    Args:
+        tokenizer: Gives the padding token: its own, else EOS, else 0; padding is masked in any case.
+        pad_to_multiple_of: Round the length of a batch up to a multiple of this many tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None):
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = next(int(token) for token in candidates if token is not None)
+        self.multiple = pad_to_multiple_of or 1
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask and labels, each (batch, seq) int64.
+
+        seq is the longest row, rounded up to the multiple. No rows (a process without a share of the last step) give
+        a batch of one padding token without a label, so that every process still takes part in the step.
+        """
+        longest = max((len(row.input_ids) for row in rows), default=1)
+        shape = (max(len(rows), 1), -(-longest // self.multiple) * self.multiple)
+        input_ids = torch.full(shape, self.pad_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED)
+        for i, row in enumerate(rows):
+            length = len(row.input_ids)
+            input_ids[i, :length] = torch.tensor(row.input_ids)
+            attention_mask[i, :length] = 1
+            labels[i, :length] = torch.tensor(row.labels)
+        if not rows:
+            attention_mask[0, 0] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,203 @@
+"""Rows of a file -> examples: fields renamed, present, and of the right type; nothing rendered or tokenised yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftctl.data import templates
+from peftctl.data.conversations import Message, read_messages, read_sharegpt, read_tools
+from peftctl.data.problems import Problems, kind, wrong
+from peftctl.data.sources import Row
+from peftctl.errors import DataError, did_you_mean
+from peftctl.recipe.schema import DataSection
+
+__all__ = ["Example", "Message", "to_examples"]
+
+_FIELDS = {
+    "messages": ("messages", "tools", "role", "content", "train"),
+    "sharegpt": ("conversations", "tools", "system", "from", "value", "train"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "labelled_text": ("text", "label"),
+    "tokens_tags": ("tokens", "tags"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready to be rendered. Exactly one of messages, prompt, text and tokens is set.
+
+    Args:
+        where: Place of the row.
+        messages: A conversation, for the tokenizer's chat template.
+        tools: JSON schemas of the tools that are offered in it.
+        prompt: Text before the answer, its plain template already filled in.
+        completion: The answer to `prompt`.
+        text: Whole text.
+        label: Class of `text`.
+        tokens: Words.
+        tags: Their tags, as many.
+    """
+
+    where: str
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    label: str | int | None = None
+    tokens: list[str] | None = None
+    tags: list[str | int] | None = None
+
+
+def to_examples(rows: Sequence[Row], data: DataSection) -> list[Example]:
+    """Return one example a row.
+
+    Raises:
+        DataError: A field is missing or has the wrong type, or `data.columns` and `data.template` don't fit the
+            format; up to ten problems are named, the others counted.
+    """
+    _check_section(data)
+    read = _READERS[data.format]
+    problems = Problems()
+    examples = []
+    for row in rows:
+        try:
+            examples.append(read(_Fields(row, data), data))
+        except DataError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+    return examples
+
+
+class _Fields:
+    """The fields of one row under our names."""
+
+    def __init__(self, row: Row, data: DataSection):
+        self.where = row.where
+        self.row = row.fields
+        self.columns = data.columns
+
+    def required(self, name: str) -> Any:
+        theirs = self.columns.get(name, name)
+        if theirs not in self.row:
+            mapped = f" (data.columns maps {name} to it)" if theirs != name else ""
+            raise wrong(
+                self.where,
+                f"field '{theirs}' is missing{mapped}; the row has: {', '.join(map(str, self.row))}",
+                "" if mapped else f"map it with data.columns {{{name}: ...}}",
+            )
+        return self.row[theirs]
+
+    def optional(self, name: str) -> Any:
+        return self.row.get(self.columns.get(name, name))
+
+    def text(self, name: str) -> str:
+        value = self.required(name)
+        if not isinstance(value, str):
+            raise wrong(self.where, f"field '{self.columns.get(name, name)}': expected text, got {kind(value)}")
+        return value
+
+    def answer(self, name: str) -> str:
+        """Text, where null means that there is no answer; such rows are dropped and counted when they are encoded."""
+        return "" if self.required(name) is None else self.text(name)
+
+    def optional_text(self, name: str) -> str:
+        return "" if self.optional(name) is None else self.text(name)
+
+    def named(self) -> dict[str, Any]:
+        """All fields, those of `data.columns` under our names too."""
+        renamed = {ours: self.row[theirs] for ours, theirs in self.columns.items() if theirs in self.row}
+        return {**self.row, **renamed}
+
+
+def _check_section(data: DataSection) -> None:
+    problems = Problems()
+    if not templates.is_plain(data.template):
+        for name in data.columns:
+            if name not in _FIELDS[data.format]:
+                hint = did_you_mean(name, _FIELDS[data.format])
+                problems.add(f"data.columns.{name}", f"format {data.format} has no such field", hint)
+    if data.template != templates.CHAT and data.format not in ("alpaca", "prompt_completion"):
+        problems.add("data.template", f"format {data.format} takes no template, got {data.template!r}", "remove it")
+    problems.raise_if_any()
+    if templates.is_plain(data.template):
+        templates.check(data.template, answer="output" if data.format == "alpaca" else "completion")
+
+
+def _messages(fields: _Fields, data: DataSection) -> Example:
+    messages = read_messages(fields.required("messages"), fields.where, data.columns)
+    return Example(fields.where, messages=messages, tools=read_tools(fields.optional("tools"), fields.where))
+
+
+def _sharegpt(fields: _Fields, data: DataSection) -> Example:
+    messages = read_sharegpt(fields.required("conversations"), fields.where, data.columns)
+    system = fields.optional_text("system")
+    if system:
+        messages.insert(0, Message("system", system))
+    return Example(fields.where, messages=messages, tools=read_tools(fields.optional("tools"), fields.where))
+
+
+def _alpaca(fields: _Fields, data: DataSection) -> Example:
+    instruction, context = fields.text("instruction"), fields.optional_text("input")
+    output, system = fields.answer("output"), fields.optional_text("system")
+    if data.template == templates.CHAT:
+        question = f"{instruction}\n\n{context}" if context else instruction
+        return Example(fields.where, messages=_one_turn(question, output, system))
+    if data.template == templates.ALPACA:
+        prompt = templates.alpaca_prompt(instruction, context)
+    else:
+        known = {"input": "", "system": "", **{name: v for name, v in fields.named().items() if v is not None}}
+        prompt = templates.fill(data.template, known, fields.where)
+    return Example(fields.where, prompt=prompt, completion=output)
+
+
+def _prompt_completion(fields: _Fields, data: DataSection) -> Example:
+    if templates.is_plain(data.template):
+        completion = fields.answer("completion")
+        prompt = templates.fill(data.template, fields.named(), fields.where)
+        return Example(fields.where, prompt=prompt, completion=completion)
+    question, completion = fields.text("prompt"), fields.answer("completion")
+    if data.template == templates.CHAT:
+        return Example(fields.where, messages=_one_turn(question, completion))
+    return Example(fields.where, prompt=templates.alpaca_prompt(question), completion=completion)
+
+
+def _one_turn(question: str, answer: str, system: str = "") -> list[Message]:
+    first = [Message("system", system)] if system else []
+    return [*first, Message("user", question), Message("assistant", answer)]
+
+
+def _text(fields: _Fields, data: DataSection) -> Example:
+    return Example(fields.where, text=fields.answer("text"))
+
+
+def _labelled_text(fields: _Fields, data: DataSection) -> Example:
+    label = fields.required("label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise wrong(fields.where, f"field 'label': expected text or a whole number, got {kind(label)}")
+    return Example(fields.where, text=fields.text("text"), label=label)
+
+
+def _tokens_tags(fields: _Fields, data: DataSection) -> Example:
+    tokens, tags = fields.required("tokens"), fields.required("tags")
+    for name, value, types in (("tokens", tokens, str), ("tags", tags, str | int)):
+        if not isinstance(value, list) or not all(isinstance(item, types) for item in value):
+            raise wrong(fields.where, f"field '{name}': expected a list of {name}, got {kind(value)}")
+    if len(tokens) != len(tags):
+        raise wrong(fields.where, f"expected as many tags as tokens, got {len(tokens)} tokens and {len(tags)} tags")
+    return Example(fields.where, tokens=tokens, tags=tags)
+
+
+_READERS: dict[str, Callable[[_Fields, DataSection], Example]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "text": _text,
+    "labelled_text": _labelled_text,
+    "tokens_tags": _tokens_tags,
+}

@@ -1,0 +1,32 @@
+"""A row as its reader sees it: text, and what of it is trained on."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from peftctl.data.encode import IGNORED, EncodedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def preview(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Return (text, trained on?) pieces; put together they are the decoded row, special tokens included."""
+
+    def text(tokens: int) -> str:
+        decoded = tokenizer.decode(
+            row.input_ids[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
+
+    whole = text(len(row.input_ids))
+    pieces = []
+    tokens = shown = 0
+    for supervised, run in groupby(row.labels, key=lambda label: label != IGNORED):
+        tokens += len(list(run))
+        # Decoded from the beginning each time: a token alone may be half a character, or lose its space.
+        end = len(text(tokens))
+        pieces.append((whole[shown:end], supervised))
+        shown = end
+    return pieces

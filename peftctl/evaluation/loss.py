@@ -1,0 +1,56 @@
+"""Loss, perplexity and token accuracy on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peftctl.data.encode import EncodedRow
+from peftctl.errors import UsageError
+from peftctl.evaluation.mode import evaluating
+from peftctl.models.supervised import supervised_forward
+
+
+def held_out_loss(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    collate: Callable[[Sequence[EncodedRow]], Mapping[str, torch.Tensor]],
+    batch_size: int,
+) -> dict[str, float]:
+    """Measure how well a model predicts the supervised tokens of rows.
+
+    Args:
+        model: A causal language model; it is in its former mode afterwards.
+        rows: Held-out rows.
+        collate: Pads rows to a batch.
+        batch_size: Rows a forward pass; changes memory and time, not the result.
+
+    Returns:
+        loss (nats, mean over supervised tokens of all rows), perplexity, token_accuracy (share of supervised tokens
+        that had the highest logit) and supervised_tokens.
+
+    Raises:
+        UsageError: No row has a supervised token.
+    """
+    # Rows of similar length together, so that little is padding; the longest first, so that memory runs out at once.
+    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    loss, correct, tokens = 0.0, 0, 0
+    with evaluating(model) as device:
+        for first in range(0, len(ordered), batch_size):
+            batch = collate(ordered[first : first + batch_size])
+            part = supervised_forward(model, {name: value.to(device) for name, value in batch.items()})
+            loss += float(part.cross_entropy())
+            correct += int(part.correct())
+            tokens += len(part.labels)
+    if not tokens:
+        raise UsageError("data.eval: no held-out row has a token to predict; check data.format and data.loss_on")
+    mean = loss / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "token_accuracy": correct / tokens,
+        "supervised_tokens": tokens,
+    }

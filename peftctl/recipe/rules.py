@@ -1,0 +1,127 @@
+"""Rules between keys: combinations that contradict each other, and keys that nothing would read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftctl.errors import did_you_mean
+from peftctl.recipe.nodes import Finding, Path, Place, Table, find, key_place
+from peftctl.recipe.overrides import RIVALS
+
+FORMAT_FIELDS = {
+    "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "labelled_text": ("text", "label"),
+    "tokens_tags": ("tokens", "tags"),
+}
+
+# Formats without an exchange to render: every token of a text is trained on, and labels are no tokens.
+UNREAD_BY_FORMAT = dict.fromkeys(("text", "labelled_text", "tokens_tags"), ("template", "loss_on"))
+
+_FORMAT_OF_TASK = {"seq_cls": "labelled_text", "token_cls": "tokens_tags"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A recipe as the rules see it, whether or not all of it is valid.
+
+    Args:
+        root: The tree, for places.
+        values: Dotted key -> valid value, defaults included; keys with an error are missing.
+        explicit: Dotted keys that the recipe or an override sets.
+    """
+
+    root: Table
+    values: Mapping[str, Any]
+    explicit: frozenset[str]
+
+    def at(self, *keys: str) -> Place:
+        """Return the place of the first of these dotted keys that is explicit, else of the first one's section."""
+        key = next((key for key in keys if key in self.explicit), keys[0])
+        return key_place(self.root, tuple(key.split(".")))
+
+
+def conflicts(view: View) -> Iterator[Finding]:
+    """Yield every broken rule."""
+    yield from _rivals(view)
+    yield from _unread_by_format(view)
+    yield from _format_and_task(view)
+    yield from _columns(view)
+    yield from _pattern(view)
+    if view.values.get("data.packing"):
+        yield Finding(view.at("data.packing"), "data.packing: packing is not in this version", "set it to false")
+    if "train.eval_steps" in view.explicit and not view.explicit & {"data.eval", "data.eval_fraction"}:
+        message = "train.eval_steps: there are no held-out rows to measure"
+        yield Finding(view.at("train.eval_steps"), message, "set data.eval or data.eval_fraction, or remove it")
+
+
+def unread_by_method(view: View, method: str, unread: frozenset[str]) -> Iterator[Finding]:
+    """Yield explicit keys that the method never reads; a section in `unread` stands for all its keys."""
+    for key in sorted(view.explicit):
+        if key in unread or key.split(".")[0] in unread:
+            yield Finding(view.at(key), f"method '{method}' does not read {key}", "remove it")
+
+
+def _rivals(view: View) -> Iterator[Finding]:
+    for one, other in RIVALS:
+        pair = [".".join(one), ".".join(other)]
+        if view.explicit.issuperset(pair):
+            earlier, later = sorted(pair, key=lambda key: view.at(key).order)
+            yield Finding(view.at(later), f"{later}: contradicts {earlier}, which is set too", "keep one of the two")
+
+
+def _unread_by_format(view: View) -> Iterator[Finding]:
+    name = view.values.get("data.format")
+    for key in UNREAD_BY_FORMAT.get(str(name), ()):
+        if f"data.{key}" in view.explicit:
+            yield Finding(view.at(f"data.{key}"), f"data.{key}: format {name} does not read it", "remove it")
+
+
+def _format_and_task(view: View) -> Iterator[Finding]:
+    name, task = view.values.get("data.format"), view.values.get("model.task")
+    if name is None or task is None:
+        return
+    wanted = _FORMAT_OF_TASK.get(task)
+    fitting = [wanted] if wanted else [f for f in FORMAT_FIELDS if f not in _FORMAT_OF_TASK.values()]
+    if name not in fitting:
+        message = f"data.format: {name} does not fit model.task {task}"
+        yield Finding(
+            view.at("data.format", "model.task"), message, f"use {' or '.join(fitting)}, or change model.task"
+        )
+
+
+def _columns(view: View) -> Iterator[Finding]:
+    name, columns = view.values.get("data.format"), view.values.get("data.columns")
+    if name is None or columns is None:
+        return
+    for field in columns:
+        if field not in FORMAT_FIELDS[name]:
+            path: Path = ("data", "columns", field)
+            message = f"data.columns.{field}: not a field of format {name}"
+            yield Finding(key_place(view.root, path), message, did_you_mean(field, FORMAT_FIELDS[name]))
+
+
+def _pattern(view: View) -> Iterator[Finding]:
+    metrics, pattern = view.values.get("eval.metrics"), view.values.get("eval.pattern")
+    if metrics is None or "eval.pattern" not in view.values:
+        return
+    if pattern is not None and not {"contains", "regex"} & set(metrics):
+        message = "eval.pattern: only the metrics contains and regex read it"
+        yield Finding(view.at("eval.pattern"), message, "add one of them to eval.metrics, or remove it")
+    if "regex" not in metrics:
+        return
+    if pattern is None:
+        yield Finding(view.at("eval.metrics"), "eval.metrics: regex needs eval.pattern", "set eval.pattern")
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        where = find(view.root, ("eval", "pattern"))
+        place = where.place if where else view.at("eval.pattern")
+        yield Finding(place, f"eval.pattern: not a regular expression ({error})", "correct it")

@@ -1,0 +1,1 @@
+"""The parts of scripts/make_demo_data.py: values, phrasings, and how a request is put together."""

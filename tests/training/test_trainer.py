@@ -1,0 +1,173 @@
+"""The training loop: scaling of the loss, accumulation, parts, stages, refusals."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from peftctl.data.collate import Collator
+from peftctl.errors import RunError
+from peftctl.methods import lora
+from peftctl.methods.base import Callback, Context, Stage
+from peftctl.training.optimizers import check_partition, default_groups
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.training.helpers import rows, train, trained_tensors, workload
+
+CONFIG = lora.Config(r=4, target_modules="all-linear")
+
+
+def lines(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_logged_loss_is_the_mean_over_supervised_tokens_of_the_whole_step(tmp_path):
+    """Uneven rows weigh by their supervised tokens, not by micro-batch."""
+    work = workload(tmp_path, lora.Method(CONFIG), max_steps=1, batch_size=6, gradient_accumulation=4)
+    train(work)
+    batch = Collator(tiny_tokenizer(), None)(rows())
+    logits = tiny_llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
+    assert lines(work.run)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (2, 4), (4, 2)])
+def test_accumulation_equals_one_large_batch(tmp_path, batch, accumulation):
+    large, _ = train(workload(tmp_path / "a", lora.Method(CONFIG), max_steps=5, batch_size=8))
+    small, _ = train(
+        workload(tmp_path / "b", lora.Method(CONFIG), max_steps=5, batch_size=batch, gradient_accumulation=accumulation)
+    )
+    for name, tensor in trained_tensors(large).items():
+        torch.testing.assert_close(trained_tensors(small)[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_extra_parts_are_means_over_the_accumulation_and_logged_by_name(tmp_path, accumulation):
+    class WithPenalty(lora.Method):
+        def loss(self, model, batch, forward):
+            return super().loss(model, batch, forward) | {"penalty": torch.tensor(0.5, requires_grad=True)}
+
+    work = workload(
+        tmp_path, WithPenalty(CONFIG), max_steps=2, batch_size=8 // accumulation, gradient_accumulation=accumulation
+    )
+    train(work)
+    for line in lines(work.run):
+        assert line["penalty"] == pytest.approx(0.5)
+        assert line["loss"] == pytest.approx(line["loss_loss"] + 0.5, rel=1e-5)
+
+
+def test_stages_run_in_order_with_a_step_that_never_restarts(tmp_path):
+    class TwoStages(lora.Method):
+        entered = ()
+
+        def stages(self):
+            return (Stage("warm", steps=0.5), Stage("main"))
+
+        def enter(self, model, stage):
+            self.entered = (*self.entered, stage.name)
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.requires_grad_(stage.name == "main")
+
+    method = TwoStages(CONFIG)
+    work = workload(tmp_path, method, max_steps=4)
+    model, totals = train(work)
+    assert method.entered == ("warm", "main")
+    assert [(line["step"], line["stage"]) for line in lines(work.run)] == [
+        (1, "warm"), (2, "warm"), (3, "main"), (4, "main"), (5, "main"), (6, "main")
+    ]  # fmt: skip
+    assert totals.steps == 6
+    resumed, _ = train(workload(tmp_path, TwoStages(CONFIG), max_steps=4), work.run.checkpoints / "checkpoint-6")
+    assert all(torch.equal(t, trained_tensors(resumed)[n]) for n, t in trained_tensors(model).items())
+
+
+def test_callbacks_see_every_step_and_write_to_the_log(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def stage_begins(self, info):
+            seen.append(("begin", info.step))
+
+        def before_optimizer(self, info):
+            seen.append(("before", info.step))
+
+        def after_optimizer(self, info):
+            seen.append(("after", info.step))
+
+        def after_step(self, info):
+            info.log["watched"] = float(info.step)
+
+    class Watched(lora.Method):
+        def callbacks(self, model):
+            return (Watch(),)
+
+    work = workload(tmp_path, Watched(CONFIG), max_steps=2)
+    train(work)
+    assert seen == [("begin", 0), ("before", 0), ("after", 0), ("before", 1), ("after", 1)]
+    assert [line["watched"] for line in lines(work.run)] == [1.0, 2.0]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_a_weight_changes(tmp_path):
+    class Diverges(lora.Method):
+        def loss(self, model, batch, forward):
+            return {"loss": super().loss(model, batch, forward)["loss"] * float("nan")}
+
+    work = workload(tmp_path, Diverges(CONFIG))
+    torch.manual_seed(0)
+    model = work.method.apply(tiny_llama(), Context(work.recipe))
+    before = trained_tensors(model)
+    from peftctl.training.stages import run_stages
+
+    with pytest.raises(RunError, match=r"step 1: the gradient is not finite.*learning_rate"):
+        run_stages(work, model, None)
+    assert all(torch.equal(t, before[n]) for n, t in trained_tensors(model).items())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    plain, _ = train(workload(tmp_path / "a", lora.Method(CONFIG), max_steps=3))
+    checkpointed, _ = train(workload(tmp_path / "b", lora.Method(CONFIG), max_steps=3, gradient_checkpointing=True))
+    for name, tensor in trained_tensors(plain).items():
+        torch.testing.assert_close(trained_tensors(checkpointed)[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+)
+def test_every_optimizer_of_the_schema_moves_every_trainable_tensor(tmp_path, optimizer):
+    work = workload(tmp_path, lora.Method(CONFIG), max_steps=3, optimizer=optimizer, scheduler="constant")
+    model, _ = train(work)
+    torch.manual_seed(0)
+    initial = trained_tensors(work.method.apply(tiny_llama(), Context(work.recipe)))
+    assert all(not torch.equal(t, initial[n]) for n, t in trained_tensors(model).items())
+
+
+def test_held_out_loss_is_logged_between(tmp_path):
+    work = workload(tmp_path, lora.Method(CONFIG), max_steps=4, eval_steps=2)
+    train(work)
+    assert [line["step"] for line in lines(work.run) if "eval_loss" in line] == [2, 4]
+
+
+def test_vectors_do_not_decay_and_every_tensor_is_in_one_group():
+    model = tiny_llama()
+    groups = default_groups(model, 0.1)
+    check_partition(model, groups)
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g[0]["params"].pop(), "is in no optimizer group"),
+        (lambda g: g[1]["params"].append(g[0]["params"][0]), "is in 2 optimizer groups"),
+        (lambda g: g[1]["params"].append(torch.nn.Parameter(torch.zeros(1))), "a foreign tensor does not train"),
+    ],
+)
+def test_wrong_groups_are_refused(change, message):
+    model = tiny_llama()
+    groups = default_groups(model, 0.0)
+    change(groups)
+    with pytest.raises(RunError, match=message):
+        check_partition(model, groups)
