@@ -18,6 +18,9 @@ import typer
 from peftctl import __version__, console
 from peftctl.errors import PeftctlError, UsageError
 
+# Share of an update that rounding may take before the user is told.
+LOST_NOTICE = 0.5
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 recipes_app = typer.Typer(help="List, show and copy the recipes that come with peftctl; print their schema.")
 app.add_typer(recipes_app, name="recipes")
@@ -106,12 +109,14 @@ def train(
         from peftctl.commands import check as checking
 
         report = checking.check(loaded, preview_rows=0)
-        _emit(report.to_dict(), as_json) or _show_check(report, with_recipe=True)
+        if not _emit(report.to_dict(), as_json):
+            _show_check(report, with_recipe=True)
         return
     from peftctl.commands.train import train as start
 
     result = start(loaded, resume=resume, fresh=fresh, reporter=console.ConsoleReporter())
-    _emit(dict(result.summary), as_json) or _show_summary(result)
+    if not _emit(dict(result.summary), as_json):
+        _show_summary(result)
 
 
 @app.command()
@@ -128,7 +133,8 @@ def check(
     from peftctl.commands.recipes import load_recipe
 
     report = checking.check(load_recipe(recipe, overrides or ()), preview_rows=rows, device=device, memory=memory)
-    _emit(report.to_dict(), as_json) or _show_check(report, with_recipe=False)
+    if not _emit(report.to_dict(), as_json):
+        _show_check(report, with_recipe=False)
     if report.fits is False:
         raise typer.Exit(2)
 
@@ -171,9 +177,8 @@ def merge(
     if len(targets) > 1:
         raise UsageError("merging several adapters is not in this version; give one TARGET")
     result = merging.merge(targets[0], output, dtype=dtype)
-    _emit(result, as_json) or console.show_table(
-        f"merged into {output}", ["figure", "value"], [[k, console.figure(v)] for k, v in result.items()]
-    )
+    if not _emit(result, as_json):
+        _show_merge(result)
 
 
 @app.command()
@@ -245,7 +250,8 @@ def methods(
     if name is None:
         cards = listing.describe_all()
         rows = [[c["name"], c["category"], c["trains"], "yes" if c["mergeable"] else "no", c["paper"]] for c in cards]
-        _emit(cards, as_json) or console.show_table("", ["method", "category", "trains", "merges", "paper"], rows)
+        if not _emit(cards, as_json):
+            console.show_table("", ["method", "category", "trains", "merges", "paper"], rows)
         return
     card = listing.describe(name)
     if _emit(card, as_json):
@@ -321,6 +327,21 @@ def _show_summary(result: Any) -> None:
             f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
     console.out.print(f"result: {result.artefact}", markup=False)
+
+
+def _show_merge(result: dict[str, Any]) -> None:
+    rows = [
+        ["largest change of a logit", console.figure(result["max_delta"])],
+        ["mean KL(unmerged || merged)", console.figure(result["kl"])],
+        ["same first choice", f"{result['top1_agreement']:.2%} of {result['positions']:,} positions"],
+        [f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"],
+    ]
+    console.show_table(f"merged {result['layers']} layers into {result['output']}", ["", ""], rows)
+    if result["lost"] > LOST_NOTICE:
+        console.out.print(
+            f"notice: {result['dtype']} rounds away {result['lost']:.0%} of the update; --dtype float32 keeps it",
+            markup=False,
+        )
 
 
 def _show_check(report: Any, *, with_recipe: bool) -> None:

@@ -54,11 +54,24 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class ConsoleReporter:
-    """Shows a run; the shape is `peftctl.training.report.Reporter`, which this layer must not import."""
+class Reporter:
+    """Receives what a run has to say; this one is silent."""
 
-    def __init__(self) -> None:
-        self.progress: object | None = None
+    def notice(self, text: str) -> None:
+        """One line that the user should see once."""
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """A stretch of `total` steps begins, `done` of them finished in an earlier process."""
+
+    def step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """`step` steps are finished; metrics come at log steps."""
+
+    def end(self) -> None:
+        """The stretch is over."""
+
+
+class ConsoleReporter(Reporter):
+    """Shows a run: a bar on a terminal, a line at each log step in a pipe."""
 
     def notice(self, text: str) -> None:
         """Print one line."""

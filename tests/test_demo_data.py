@@ -63,7 +63,7 @@ def test_sizes():
 
 @pytest.mark.parametrize("name", SETS)
 def test_no_row_occurs_twice(name):
-    everything = [json.dumps(list(row.values())[0]) for split in ("train", "eval") for row in rows(name, split)]
+    everything = [json.dumps(next(iter(row.values()))) for split in ("train", "eval") for row in rows(name, split)]
     assert len(set(everything)) == len(everything)
 
 

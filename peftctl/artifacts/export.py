@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from peftctl.artifacts.checks import check_weights
-from peftctl.artifacts.load import fetched, locate
+from peftctl.artifacts.locate import fetched, locate
 from peftctl.artifacts.rundir import staged
 from peftctl.errors import UsageError, did_you_mean
 

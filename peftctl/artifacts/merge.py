@@ -15,7 +15,8 @@ from peftctl.artifacts import parity
 from peftctl.artifacts.checks import check_weights, probe_logits
 from peftctl.artifacts.dtypes import stored_dtype
 from peftctl.artifacts.fold import Loss, fold, round_weights
-from peftctl.artifacts.load import Artefact, attach, base_section, fetched, load_base, locate, tokenizer_of
+from peftctl.artifacts.load import attach, base_section, load_base, tokenizer_of
+from peftctl.artifacts.locate import Artefact, fetched, locate
 from peftctl.artifacts.model_card import render_merged_card
 from peftctl.artifacts.rundir import staged
 from peftctl.artifacts.save import MAX_SHARD

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peftctl.artifacts.manifest import portable_name
 from peftctl.models.aliases import ALIASES, resolve
-from peftctl.models.load import _AUTO_CLASSES
+from peftctl.models.load import AUTO_CLASSES
 from peftctl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _snippet(exported: Any, recipe: Recipe) -> str:
 
 
 def _base(place: str, task: str, dtype: str) -> list[str]:
-    auto, path = _AUTO_CLASSES[task], Path(place)
+    auto, path = AUTO_CLASSES[task], Path(place)
     where = f'"{path.parent}", gguf_file="{path.name}"' if path.suffix == ".gguf" else f'"{place}"'
     return [
         f"from transformers import {auto}, AutoTokenizer",
@@ -108,7 +108,7 @@ def _base(place: str, task: str, dtype: str) -> list[str]:
 
 
 def _whole(place: str, task: str) -> list[str]:
-    auto = _AUTO_CLASSES[task]
+    auto = AUTO_CLASSES[task]
     return [
         f"from transformers import {auto}, AutoTokenizer",
         "",

@@ -23,8 +23,8 @@ from peftctl.errors import ArtifactError
 # 3e-4) makes 1.7e-5, of one that has trained for a while (1e-2) 5.5e-4.
 EXACT = 1e-5
 
-# Mean KL(unmerged || merged), in nats, that rounding every weight once explains. Measured on the same two: float32 1e-8,
-# float16 6e-7 and 1.3e-6, bfloat16 4e-5 and 7e-5; the room above is for deeper models and bases stored wider.
+# Mean KL(unmerged || merged), in nats, that rounding every weight once explains. Measured on the same two: float32
+# 1e-8, float16 6e-7 and 1.3e-6, bfloat16 4e-5 and 7e-5; the room above is for deeper models and bases stored wider.
 ROUNDED = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 2e-2}
 
 PROBES = (

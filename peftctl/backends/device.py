@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -27,6 +29,15 @@ def current_device() -> torch.device:
 def dtype_of(name: str) -> torch.dtype:
     """Return the type that a recipe names float32, bfloat16 or float16."""
     return _DTYPES[name]
+
+
+def fast_dtype() -> Literal["bfloat16", "float32"]:
+    """Return bfloat16 where the device has instructions for it, else float32: emulated, it is several times slower."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if platform.machine() in ("x86_64", "AMD64"):
+        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def set_threads() -> None:

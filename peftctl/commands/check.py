@@ -87,6 +87,7 @@ def check(
     planned = device or devices.current_device().type
     in_process = devices.current_memory_bytes() if planned == "cpu" else 0
     ready = prepare(recipe)
+    recipe = ready.recipe
     shown = ready.train_rows[:preview_rows]
     supervision = {"training": ready.train_report}
     if ready.eval_report:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftctl.backends.device import fast_dtype
 from peftctl.data.dataset import encode_all, fingerprint, load_examples, overlap
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
@@ -56,6 +57,7 @@ def prepare(recipe: Recipe) -> Prepared:
         UsageError: The method does not fit the task, the model or the training options.
         DataError: Rows are wrong, or too many have nothing to train on.
     """
+    recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
     trainable, total = shapes(recipe, method)
@@ -64,7 +66,8 @@ def prepare(recipe: Recipe) -> Prepared:
     method.prepare_tokenizer(tokenizer, examples.train, recipe)
     cache = cache_root()
     train_rows, train_report = encode_all(examples.train, tokenizer, recipe.data, cache=cache)
-    eval_rows, eval_report = [], None
+    eval_rows: list[EncodedRow] = []
+    eval_report = None
     if examples.eval:
         eval_rows, eval_report = encode_all(examples.eval, tokenizer, recipe.data, cache=cache)
         refuse_leak(train_rows, eval_rows)
@@ -81,6 +84,14 @@ def prepare(recipe: Recipe) -> Prepared:
         trainable=trainable,
         total=total,
     )
+
+
+def with_concrete_dtype(recipe: Recipe) -> Recipe:
+    """Return the recipe with `model.dtype: auto` replaced by what this machine is fast in."""
+    if recipe.model.dtype != "auto":
+        return recipe
+    model = recipe.model.model_copy(update={"dtype": fast_dtype()})
+    return recipe.model_copy(update={"model": model})
 
 
 def shapes(recipe: Recipe, method: Method) -> tuple[int, int]:

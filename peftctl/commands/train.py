@@ -12,11 +12,13 @@ import torch
 from transformers import set_seed
 
 from peftctl.artifacts import checks, save
+from peftctl.artifacts.dtypes import cast_weights
 from peftctl.artifacts.load import load
 from peftctl.artifacts.rundir import RunDir
 from peftctl.backends import device as devices
 from peftctl.commands import identity
 from peftctl.commands.prepare import Prepared, prepare
+from peftctl.console import Reporter
 from peftctl.data.collate import Collator
 from peftctl.errors import RunError
 from peftctl.evaluation.evaluate import evaluate_rows
@@ -24,7 +26,7 @@ from peftctl.methods.base import Context
 from peftctl.models.fingerprint import weights_fingerprint
 from peftctl.models.load import load_model
 from peftctl.recipe.schema import Recipe
-from peftctl.training.report import Reporter, loss_curve
+from peftctl.training.report import loss_curve
 from peftctl.training.stages import Trained, Workload, run_stages
 
 
@@ -159,7 +161,7 @@ class _Run:
         """Write the artefact, check its files, and return the logits that it must reproduce."""
         model.eval()
         if self.method.autocast:  # float32 weights were for training; the artefact has the recipe's dtype
-            model.to(devices.dtype_of(self.recipe.model.dtype))
+            cast_weights(model, devices.dtype_of(self.recipe.model.dtype))
         gates_off = self.method.card.gates_off
         if "moved" not in gates_off:
             checks.check_moved(model, initial)

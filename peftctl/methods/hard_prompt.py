@@ -82,7 +82,7 @@ class Method(base.Method):
         return None
 
 
-def _prepend(turns: list[dict[str, str]]) -> str:
+def _prepend(turns: list[dict[str, str | None]]) -> str:
     """Return a line of Jinja that puts the turns before the conversation, behind a system message."""
     shown = json.dumps(turns, ensure_ascii=False)
     return (

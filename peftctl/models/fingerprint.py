@@ -30,7 +30,7 @@ def weights_fingerprint(model: Any) -> str:
     from peft import PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return _digest(_base_tensors(base))
+    return _digest({id(tensor): tensor for tensor in _base_tensors(base)}.values())  # files hold a shared tensor once
 
 
 def directory_fingerprint(path: str | Path) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "seq_cls": "AutoModelForSequenceClassification",
@@ -168,7 +168,7 @@ def _source(model: ModelSection) -> _Source:
     if place.startswith(("/", ".", "~")) or place.count("/") > 1:
         raise UsageError(f"{name}: no such directory; expected a model directory, a .gguf file or a hub id")
     revision = model.revision or "main"
-    if _hub_answers():
+    if hub_answers():
         return _Source(name, place, None, options | {"revision": revision})
     folder = _downloaded(name, place, revision)
     return _Source(name, str(folder), folder, options)
@@ -187,7 +187,7 @@ def _downloaded(name: str, hub_id: str, revision: str) -> Path:
 
 
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Tell at once whether the hub can be reached; the library's own retries take most of a minute a file."""
     from huggingface_hub import constants, get_session
 
@@ -300,7 +300,7 @@ def _some(names: Collection[str]) -> str:
 def _auto_class(model: ModelSection) -> Any:
     import transformers
 
-    return getattr(transformers, _AUTO_CLASSES[model.task])
+    return getattr(transformers, AUTO_CLASSES[model.task])
 
 
 def _silence_libraries() -> None:

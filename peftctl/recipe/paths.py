@@ -191,7 +191,7 @@ def _matches(pattern: str, value: str, bases: list[str]) -> list[str]:
 def _names_a_file(text: str) -> bool:
     """Tell a misspelt file name (`rows.jsnol`, `rows.csv.gz`) from a hub id (`org/name-2.0`)."""
     extension = _extension(text)
-    near = difflib.get_close_matches(extension, EXTENSIONS, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(extension, EXTENSIONS, n=1, cutoff=0.6)
     return extension in EXTENSIONS or extension in _OTHER_FILES or bool(near)
 
 

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ValidationError
 from peftctl.errors import did_you_mean
 from peftctl.recipe.expected import annotation_at, choices, did_you_mean_one, fields_at, got, in_words
 from peftctl.recipe.nodes import BROKEN, Finding, Items, Node, Path, Place, Scalar, Table, find, key_place, plain
-from peftctl.recipe.schema import NOT_YET
+from peftctl.recipe.schema import NOT_YET, Recipe
 from peftctl.recipe.tree import resolve_scalar
 
 Model = TypeVar("Model", bound=BaseModel)
 Errors = dict[Path, list[Mapping[str, Any]]]
 
 _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _OWN_WORDS = {"value_error", "assertion_error"}
 
 
@@ -101,7 +102,9 @@ def unknown_key(path: Path, known: Iterable[str], context: Context) -> Finding:
     near = did_you_mean_one(key, known)
     home = f"`{key}` belongs to {context.homes[key]}" if key in context.homes and len(path) <= 2 else ""
     hint = "; ".join(part for part in (near, home) if part)
-    if "." in key:
+    if len(path) == 2 and key in Recipe.model_fields and isinstance(find(context.root, path), Table):
+        hint = f"`{key}:` is a section; check its indentation"
+    elif "." in key:
         hint = "write nested sections; dotted keys are for the command line"
     return Finding(place, f"{name}: unknown key", hint or (did_you_mean(key, known) if known else ""))
 
@@ -171,18 +174,22 @@ def _remedy(annotation: Any, words: str, node: Node) -> str:
     if isinstance(node, Items):
         return "" if "list" in words else "give one value"
     value = node.value
+    if isinstance(value, str):
+        return _remedy_of_text(annotation, words, value, node.quoted)
     if value is None:
         return "give a value, or remove the key"
-    if isinstance(value, str):
-        if choices(annotation):
-            return did_you_mean_one(value, choices(annotation))
-        if node.quoted and isinstance(resolve_scalar(value), int | float):
-            return "remove the quotes"
-        if words == "true or false" and value.lower() in ("yes", "no", "on", "off", "y", "n"):
-            return f"write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
-        return f"write [{value}]" if words.startswith("a list") else ""
     if "text" in words:
         return "put it in quotes"
-    if "integer" in words and isinstance(value, float) and value.is_integer():
+    if words == "an integer" and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     return ""
+
+
+def _remedy_of_text(annotation: Any, words: str, text: str, quoted: bool) -> str:
+    if choices(annotation):
+        return did_you_mean_one(text, choices(annotation))
+    if quoted and ("number" in words or "integer" in words) and isinstance(resolve_scalar(text), int | float):
+        return "remove the quotes"
+    if words == "true or false" and text.lower() in _BOOLEANS:
+        return f"write {_BOOLEANS[text.lower()]}"
+    return f"write [{text}]" if words.startswith("a list") and text and not quoted else ""

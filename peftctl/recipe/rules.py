@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,8 @@ def _pattern(view: View) -> Iterator[Finding]:
         yield Finding(view.at("eval.metrics"), "eval.metrics: regex needs eval.pattern", "set eval.pattern")
         return
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         where = find(view.root, ("eval", "pattern"))
         place = where.place if where else view.at("eval.pattern")

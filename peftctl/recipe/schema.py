@@ -38,8 +38,9 @@ class ModelSection(Section):
     """Hub id, local directory, .gguf file, or the alias of an embedded demo model."""
     task: Task = "causal_lm"
     """What the model does; decides its head and the data formats that fit."""
-    dtype: DType = "bfloat16"
-    """Type of the frozen weights and of the computation; what trains is kept in float32."""
+    dtype: DType | Literal["auto"] = "bfloat16"
+    """Type of the frozen weights and of the computation; what trains is kept in float32. `auto` is bfloat16 where the
+    hardware multiplies it, else float32; the resolved recipe says which."""
     revision: str | None = None
     """Commit, branch or tag of a hub id."""
     trust_remote_code: bool = False

@@ -1,7 +1,7 @@
 """What a run will need, in bytes, from the model's shapes: weights, gradients, optimizer, activations, logits.
 
 Nothing is loaded. The activation term counts the tensors that autograd keeps in one decoder block (see `_block_bytes`);
-it was fitted to no measurement, and runs report what they measured beside it.
+it was derived, not fitted; runs report what they measured beside it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from peftctl.errors import UsageError
 from peftctl.recipe.schema import Recipe
@@ -93,7 +91,7 @@ def _block_bytes(hidden: int, feed_forward: int, compute: int) -> int:
     return norms + attention + 4 * feed_forward * compute
 
 
-def _layers_with_graph(model: nn.Module) -> int:
+def _layers_with_graph(model: Any) -> int:
     """Return the number of blocks from the first with a trainable tensor to the last: below it nothing is kept."""
     from peftctl.models.anatomy import block_list
 

@@ -1,26 +1,10 @@
-"""What a run tells the outside: progress to whoever shows it, and a line of metrics.jsonl at every log step."""
+"""What a run writes about itself: a line of metrics.jsonl at every log step, and the loss curve."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-
-class Reporter:
-    """Receives what a run has to say; this one is silent. `console.py` has the one that prints."""
-
-    def notice(self, text: str) -> None:
-        """One line that the user should see once."""
-
-    def begin(self, title: str, total: int, done: int = 0) -> None:
-        """A stretch of `total` steps begins, `done` of them finished in an earlier process."""
-
-    def step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """`step` steps are finished; metrics come at log steps."""
-
-    def end(self) -> None:
-        """The stretch is over."""
 
 
 class MetricsFile:

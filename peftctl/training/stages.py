@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from peftctl.artifacts.rundir import RunDir
+from peftctl.console import Reporter
 from peftctl.data.collate import Collator
 from peftctl.data.encode import EncodedRow
 from peftctl.errors import Interrupted, RunError
@@ -22,7 +23,6 @@ from peftctl.methods.base import Method, Stage
 from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import library_arguments
 from peftctl.training.checkpoints import StageMark, read_mark
-from peftctl.training.report import Reporter
 from peftctl.training.signals import stop_on_signal
 from peftctl.training.trainer import MethodTrainer, StageRun
 

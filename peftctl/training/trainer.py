@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peftctl.artifacts.rundir import RunDir, staged
+from peftctl.console import Reporter
 from peftctl.data.batching import GroupedBatches
 from peftctl.data.collate import Collator
 from peftctl.data.encode import EncodedRow
@@ -30,7 +31,7 @@ from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import trackers
 from peftctl.training.checkpoints import StageMark, read_state, write_state
 from peftctl.training.optimizers import build_optimizer
-from peftctl.training.report import MetricsFile, Reporter
+from peftctl.training.report import MetricsFile
 from peftctl.training.signals import StopRequest
 
 
@@ -72,7 +73,8 @@ class MethodTrainer(Trainer):
 
     def __init__(self, stage: StageRun, model: Any, args: TrainingArguments):
         self.stage = stage
-        self.parts: dict[str, float] = defaultdict(float)
+        self.model: Any = model
+        self.parts: dict[str, Any] = defaultdict(float)  # device tensors, read only at log steps
         self.tokens = stage.mark.train_tokens
         self.supervised = stage.mark.supervised_tokens
         self.seconds_before = stage.mark.seconds
@@ -141,7 +143,7 @@ class MethodTrainer(Trainer):
         return total
 
     def _count(self, name: str, value: torch.Tensor) -> None:
-        self.parts[name] += value.detach()  # stays on the device: read only at log steps
+        self.parts[name] += value.detach()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm before clipping, and refuse a gradient that would poison the weights."""

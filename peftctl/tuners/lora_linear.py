@@ -23,7 +23,8 @@ class LoraLinear(lora.Linear):
         if args or kwargs or not self._plain_training():
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
+        b: torch.Tensor = self.lora_B[name].weight  # type: ignore[assignment]
         low = functional.linear(self.lora_dropout[name](x), a.to(x.dtype))
         return self.base_layer(x) + functional.linear(low, (b * self.scaling[name]).to(x.dtype))
 

@@ -79,7 +79,8 @@ def workload(options: argparse.Namespace):
     overrides += ["train.epochs=null", f"train.output_dir={folder / 'run'}", "eval.metrics=[loss]"]
     overrides += ["train.save_steps=100000", "data.max_length=2048", "train.logging_steps=1"]
     recipe = load_recipe(options.recipe, overrides)
-    return recipe, prepare(recipe)
+    ready = prepare(recipe)
+    return ready.recipe, ready
 
 
 def lengthen(rows: list[dict], tokenizer, mean: int, count: int) -> list[dict]:
@@ -100,12 +101,11 @@ def lengthen(rows: list[dict], tokenizer, mean: int, count: int) -> list[dict]:
 
 def run_peftctl(options: argparse.Namespace) -> dict[str, float]:
     from peftctl.artifacts.rundir import RunDir
-    from peftctl.data.collate import Collator
-    from peftctl.models.load import load_model
-
     from peftctl.backends import device
+    from peftctl.console import Reporter
+    from peftctl.data.collate import Collator
     from peftctl.methods.base import Context
-    from peftctl.training.report import Reporter
+    from peftctl.models.load import load_model
     from peftctl.training.stages import Workload, run_stages
 
     recipe, ready = workload(options)
@@ -131,10 +131,10 @@ def run_peftctl(options: argparse.Namespace) -> dict[str, float]:
 def run_bare(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from peftctl.models.load import load_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
     from peftctl.backends import device
+    from peftctl.models.load import load_model
 
     recipe, ready = workload(options)
     model = load_model(recipe.model, dtype=recipe.model.dtype, device=torch.device("cpu"))

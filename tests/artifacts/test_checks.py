@@ -107,5 +107,3 @@ def test_nan_never_agrees():
     assert checks.agree(logits, logits, torch.bfloat16)
     assert not checks.agree(logits, broken, torch.bfloat16)
     assert not checks.agree(broken, broken, torch.bfloat16)
-
-

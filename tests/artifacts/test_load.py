@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftctl.artifacts import load as loading
+from peftctl.artifacts import locate as locating
 from peftctl.artifacts.checks import probe_logits
 from peftctl.artifacts.dtypes import stored_dtype
 from peftctl.artifacts.load import load, locate
@@ -35,7 +36,13 @@ def test_every_kind_is_recognised(finished, tiny_dir, tmp_path):
     found = locate(str(run.adapter))
     assert (found.kind, found.path, found.recipe, found.base) == ("adapter", run.adapter, run.recipe, base)
     found = locate(tiny_dir)
-    assert (found.kind, found.path, found.is_adapter, found.base, found.recipe) == ("model", tiny_dir, False, None, None)
+    assert (found.kind, found.path, found.is_adapter, found.base, found.recipe) == (
+        "model",
+        tiny_dir,
+        False,
+        None,
+        None,
+    )
     for name in ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", "gpt2", str(tmp_path / "model.gguf")):
         found = locate(name)
         assert (found.kind, found.path, found.is_adapter) == ("hub", None, False)
@@ -47,7 +54,7 @@ def test_a_misspelt_directory_suggests_its_sibling(finished):
         locate(run.path.parent / "runn")
     with pytest.raises(UsageError, match=r"/nowhere does not exist either"):
         locate(run.path / "nowhere" / "adapter")
-    with pytest.raises(UsageError, match="no such directory$"):
+    with pytest.raises(UsageError, match=r"no such directory$"):
         locate(run.path.parent / "zzz")
 
 
@@ -55,7 +62,7 @@ def test_what_is_not_an_artefact(finished, tmp_path):
     run, _ = finished
     with pytest.raises(UsageError, match="is a file"):
         locate(run.recipe)
-    with pytest.raises(UsageError, match="neither a run, an adapter nor a model; expected recipe.yaml"):
+    with pytest.raises(UsageError, match=r"neither a run, an adapter nor a model; expected recipe\.yaml"):
         locate(tmp_path)
     with pytest.raises(UsageError, match="several targets at once are not in this version"):
         load([run.path, run.path])
@@ -189,7 +196,7 @@ def test_a_tensor_too_few_or_too_many(adapter):
 
 def test_an_adapter_that_does_not_fit(adapter):
     edit(adapter / "adapter_config.json", r=16)
-    with pytest.raises(ArtifactError, match="does not fit .*base: ") as caught:
+    with pytest.raises(ArtifactError, match=r"does not fit .*base: ") as caught:
         load(adapter)
     assert "\n" not in str(caught.value)
     edit(adapter / "adapter_config.json", peft_type="UNHEARD_OF")
@@ -197,17 +204,24 @@ def test_an_adapter_that_does_not_fit(adapter):
         load(adapter)
 
 
-def test_only_the_user_s_own_run_can_trust_code(finished, tmp_path):
+def test_only_the_user_s_own_run_can_trust_code_and_choose_a_kernel(finished, tmp_path):
     run, _ = finished
-    assert not loading._trusts_code(locate(run.path))
+    plain = {"trust_remote_code": False, "attn_implementation": None}
+    assert loading._own_settings(locate(run.path)) == plain
     copy = shutil.copytree(run.path, tmp_path / "run")
-    (copy / "recipe.yaml").write_text("model: {name_or_path: x, trust_remote_code: true}\n")
-    assert loading._trusts_code(locate(copy))
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe + "  trust_remote_code: true\n  attn_implementation: eager\n")
+    chosen = {"trust_remote_code": True, "attn_implementation": "eager"}
+    assert loading._own_settings(locate(copy)) == loading._own_settings(locate(copy / "adapter")) == chosen
+    model, _ = load(copy)
+    assert model.config._attn_implementation == "eager"
     alone = shutil.copytree(run.adapter, tmp_path / "elsewhere" / "adapter")
     edit(alone / "peftctl.json", trust_remote_code=True)
-    assert not loading._trusts_code(locate(alone))
+    assert loading._own_settings(locate(alone)) == {}
+    (copy / "recipe.yaml").write_text("model: {attn_implementation: flash_attention_2}\n")
+    assert loading._own_settings(locate(copy)) == plain  # not installed here
     (copy / "recipe.yaml").write_text("[")
-    assert not loading._trusts_code(locate(copy))
+    assert loading._own_settings(locate(copy)) == {}
 
 
 def test_a_hub_adapter_from_the_cache(finished, tmp_path, monkeypatch):
@@ -224,6 +238,6 @@ def test_a_hub_adapter_from_the_cache(finished, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_that_is_not_here(monkeypatch):
-    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+    monkeypatch.setattr(locating, "hub_answers", lambda: False)
     with pytest.raises(UsageError, match="someone/nothing"):
         load("someone/nothing")

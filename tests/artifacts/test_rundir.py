@@ -95,7 +95,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is not a directory"):
         RunDir(tmp_path / "file").check(fresh=False, resume=False)
-    with pytest.raises(UsageError, match="no write access to .*file"):
+    with pytest.raises(UsageError, match=r"no write access to .*file"):
         RunDir(tmp_path / "file" / "run").check(fresh=False, resume=False)
 
 
@@ -126,7 +126,6 @@ def test_the_lock_makes_the_directory_and_does_not_look_like_something_else(tmp_
     run = RunDir(tmp_path / "new")
     with run.lock():
         run.prepare(fresh=False, resume=False)
-
 
 
 def test_metrics_are_cut_after_a_step(run):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import peftctl
+from peftctl.console import Reporter
 from peftctl.errors import RunError, UsageError
-from peftctl.training.report import Reporter
 from tests.commands.helpers import REPOSITORY, write_recipe, write_rows
 from tests.commands.helpers import peftctl as command
 

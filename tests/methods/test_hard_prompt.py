@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from peftctl.data.formats import Example, Message
 
+from peftctl.data.formats import Example, Message
 from peftctl.errors import UsageError
 from peftctl.methods.hard_prompt import Config, Method
 from tests.methods.helpers import applied, recipe

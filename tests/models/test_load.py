@@ -202,7 +202,7 @@ def test_unused_tensors_are_told(folder):
 )
 def test_names_that_lead_nowhere(call, name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTCTL_CACHE", str(tmp_path))
-    monkeypatch.setattr(load, "_hub_answers", lambda: False)
+    monkeypatch.setattr(load, "hub_answers", lambda: False)
     with pytest.raises(UsageError, match=message) as caught:
         call(section(name))
     assert str(caught.value).startswith(name)
@@ -210,13 +210,13 @@ def test_names_that_lead_nowhere(call, name, message, tmp_path, monkeypatch):
 
 def test_the_hub_counts_as_unreachable_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    load._hub_answers.cache_clear()
-    assert load._hub_answers() is False
-    load._hub_answers.cache_clear()
+    load.hub_answers.cache_clear()
+    assert load.hub_answers() is False
+    load.hub_answers.cache_clear()
 
 
 def test_an_earlier_download_serves_while_the_hub_is_away(tiny_dir, monkeypatch):
-    monkeypatch.setattr(load, "_hub_answers", lambda: False)
+    monkeypatch.setattr(load, "hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny_dir))
     model = load_model(section("some/model"))
     torch.testing.assert_close(model(IDS).logits, tiny_llama()(IDS).logits)
@@ -228,7 +228,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch):
     def refuse(*_, **__):
         raise OSError("some/model is not a local folder and is not a valid model identifier\nlisted on the hub")
 
-    monkeypatch.setattr(load, "_hub_answers", lambda: True)
+    monkeypatch.setattr(load, "hub_answers", lambda: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(UsageError, match=r"^some/model: .*valid model identifier; check the name") as caught:
         meta_model(section("some/model"))

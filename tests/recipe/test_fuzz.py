@@ -171,12 +171,11 @@ def accepted_or_refused(source, overrides=()):
 def test_mutated_recipes(here, seed):
     rng = random.Random(seed)
     tree = yaml.safe_load(yaml.safe_dump(FULL))
-    for _ in range(rng.choice([0, 1, 1, 2, 4])):
+    for _ in range(rng.choice([0, 0, 1, 2])):
         mutate_tree(tree, rng)
     text = yaml.dump(tree, sort_keys=False, allow_unicode=True)
-    for _ in range(rng.choice([0, 1, 1, 2, 4])):
-        mutate_text_at = mutate_text(text or "x", rng)
-        text = mutate_text_at
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        text = mutate_text(text or "x", rng)
     accepted_or_refused((text.encode("utf-8", "surrogatepass"), here))
 
 
@@ -210,7 +209,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(overrides=st.lists(st.tuples(KEYS, VALUES).map("=".join) | st.text(max_size=8), max_size=3))
 def test_random_overrides(here, overrides):
     accepted_or_refused((yaml.safe_dump(FULL), here), overrides)

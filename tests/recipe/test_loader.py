@@ -37,6 +37,7 @@ def test_integers_are_numbers_and_scalars_of_yaml_1_2(here):
         ("model:", "max_lenght: 1\nmodel:", "x.yaml:2:1: max_lenght: unknown key; known: backend, data, eval, method, model, train"),
         ("model:", "evla: {}\nmodel:", "x.yaml:2:1: evla: unknown key; did you mean 'eval'?"),
         ("model:", "train.epochs: 1\nmodel:", "x.yaml:2:1: train.epochs: unknown key; write nested sections; dotted keys are for the command line"),
+        ("  output_dir: runs/x", "  output_dir: runs/x\n  eval:\n    rows: 5", "x.yaml:11:3: train.eval: unknown key; `eval:` is a section; check its indentation"),
         ("2e-4", "abc", 'x.yaml:11:18: train.learning_rate: expected a number, got text "abc"'),
         ("2e-4", "'2e-4'", 'x.yaml:11:18: train.learning_rate: expected a number, got text "2e-4"; remove the quotes'),
         ("2e-4", "-1", "x.yaml:11:18: train.learning_rate: expected a number of at least 0, got -1"),

@@ -106,7 +106,7 @@ measured = st.builds(EvalSection, metrics=st.just(["contains"]), pattern=st.none
 recipes = st.builds(Recipe, model=model, method=lora, data=data, train=train, eval=measured)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(recipe=recipes)
 def test_what_is_written_reads_back_equal(here, recipe):
     write(here, dump_recipe(recipe))

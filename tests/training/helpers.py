@@ -5,12 +5,12 @@ import random
 import torch
 
 from peftctl.artifacts.rundir import RunDir
+from peftctl.console import Reporter
 from peftctl.data.collate import Collator
 from peftctl.data.encode import EncodedRow
 from peftctl.methods.base import Context
 from peftctl.methods.lora import Config, Method
 from peftctl.recipe.schema import DataSection, ModelSection, Recipe, TrainSection
-from peftctl.training.report import Reporter
 from peftctl.training.stages import Workload, run_stages
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
+from peftctl.console import Reporter
 from peftctl.errors import ArtifactError, Interrupted
-from peftctl.training.report import Reporter
 from tests.training.helpers import train, trained_tensors, workload
 
 

@@ -1,0 +1,215 @@
+"""`peftctl chat`: a conversation with a run, an adapter or a model, streamed as it is generated."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Generator
+from typing import Any
+
+import yaml
+
+from peftctl.artifacts.load import Artefact, load, locate
+from peftctl.backends import device as devices
+from peftctl.data import templates
+from peftctl.data.conversations import Message
+from peftctl.data.formats import Example
+from peftctl.data.prompts import generation_prompt
+from peftctl.errors import PeftctlError, UsageError, did_you_mean
+from peftctl.evaluation.generation import position_limit, refuse_overlong
+from peftctl.evaluation.streaming import stream_text
+from peftctl.recipe.schema import DataSection
+
+COMMANDS = {
+    "/help": "show these commands",
+    "/reset": "forget the conversation",
+    "/quit": "leave; so does the end of input",
+}
+# Only how a prompt is rendered is read of these.
+_CHAT = DataSection(train="")
+_PLAIN = DataSection(train="", format="prompt_completion", template="{prompt}")
+
+
+class ChatSession:
+    """A conversation with a model.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        system: A system message before the conversation.
+        max_new_tokens: Tokens an answer may have.
+        temperature: Above 0, draws tokens from the softmax of logits / temperature; 0 takes the likeliest.
+        frame: Puts a message into a plain template, for models without a chat template: then every message stands
+            alone. None holds a conversation in the tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        system: str | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        frame: Callable[[str], str] | None = None,
+    ):
+        if max_new_tokens < 1 or temperature < 0:
+            raise UsageError("expected --max-new-tokens of at least 1 and --temperature of at least 0")
+        if frame is not None and system is not None:
+            raise UsageError("--system: this model is asked through a plain template, which has no place for it")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.opening = [] if system is None else [Message("system", system)]
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.frame = frame
+        self.limit = position_limit(model)
+        self.notify: Callable[[str], None] = lambda text: None
+        self.exchanges: list[tuple[Message, Message]] = []
+
+    def reset(self) -> None:
+        """Forget the conversation, but not the system message."""
+        self.exchanges.clear()
+
+    def answer(self, text: str) -> str:
+        """Return the whole answer to a message."""
+        return "".join(self.stream(text))
+
+    def stream(self, text: str) -> Generator[str, None, None]:
+        """Yield the answer to a message in pieces; closing the iterator stops it and keeps what came so far.
+
+        Raises:
+            UsageError: The message alone is longer than the model's positions.
+            DataError: The chat template refuses the conversation.
+        """
+        message = Message("user", text)
+        prompt = self._fitting_prompt(message)
+        most = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - len(prompt))
+        pieces = stream_text(self.model, self.tokenizer, prompt, max_new_tokens=most, temperature=self.temperature)
+        said = ""
+        try:
+            for piece in pieces:
+                said += piece
+                yield piece
+        finally:
+            pieces.close()
+            if said and self.frame is None:
+                self.exchanges.append((message, Message("assistant", said)))
+
+    def _fitting_prompt(self, message: Message) -> list[int]:
+        """Return the prompt, after dropping the oldest exchanges that leave no room for an answer."""
+        kept = list(self.exchanges)
+        prompt = self._prompt(kept, message)
+        if self.limit is not None:
+            room = min(self.max_new_tokens, self.limit // 2)
+            while kept and len(prompt) + room > self.limit:
+                del kept[0]
+                prompt = self._prompt(kept, message)
+            refuse_overlong(len(prompt), self.limit, "this message")
+        if len(kept) < len(self.exchanges):
+            self.notify(f"the conversation is too long for {self.limit} positions; its beginning was dropped")
+            self.exchanges = kept
+        return prompt
+
+    def _prompt(self, exchanges: list[tuple[Message, Message]], message: Message) -> list[int]:
+        """Return the tokens that stood before such an answer in training."""
+        if self.frame is not None:
+            example = Example("this message", prompt=self.frame(message.content or ""), completion="?")
+            return generation_prompt(example, self.tokenizer, _PLAIN)[0]
+        said = [turn for exchange in exchanges for turn in exchange]
+        conversation = [*self.opening, *said, message, Message("assistant", "?")]
+        return generation_prompt(Example("this message", messages=conversation), self.tokenizer, _CHAT)[0]
+
+
+def open_session(
+    target: str, *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
+) -> ChatSession:
+    """Load a target and start a conversation, in the template that its run was trained with.
+
+    Args:
+        target: Run directory, adapter directory, model directory, hub id or alias.
+        system: A system message.
+        max_new_tokens: Tokens an answer may have.
+        temperature: 0 answers greedily.
+
+    Raises:
+        PeftctlError: The target can't be loaded, or its template is not one for single messages.
+    """
+    devices.set_threads()
+    artefact = locate(target)
+    template = _template(artefact)
+    model, tokenizer = load(target, device=devices.current_device())
+    frame = _frame(template if tokenizer.chat_template or template != templates.CHAT else "{prompt}")
+    return ChatSession(model, tokenizer, system, max_new_tokens=max_new_tokens, temperature=temperature, frame=frame)
+
+
+def repl(session: ChatSession, read: Callable[[], str | None], write: Callable[[str], None]) -> None:
+    """Read messages and commands and write answers, until /quit or the end of input.
+
+    Args:
+        session: The conversation.
+        read: Returns a line, None at the end of input; KeyboardInterrupt from it is Ctrl-C at the prompt.
+        write: Shows text as it comes, without adding a line end.
+    """
+    session.notify = lambda text: write(f"({text})\n")
+    write("Ctrl-C stops an answer; /help shows the commands.\n")
+    while True:
+        try:
+            line = read()
+        except KeyboardInterrupt:
+            write("\n(/quit leaves)\n")
+            continue
+        if line is None or line.strip() == "/quit":
+            return
+        if line.startswith("/"):
+            _command(session, line.strip(), write)
+        elif line.strip():
+            _say(session, line.strip(), write)
+
+
+def _command(session: ChatSession, name: str, write: Callable[[str], None]) -> None:
+    if name == "/reset":
+        session.reset()
+        write("(a new conversation)\n")
+    elif name == "/help":
+        write("".join(f"{command:8} {effect}\n" for command, effect in COMMANDS.items()))
+    else:
+        write(f"(no command {name}; {did_you_mean(name, COMMANDS)} A message may begin with / after a space)\n")
+
+
+def _say(session: ChatSession, text: str, write: Callable[[str], None]) -> None:
+    pieces = session.stream(text)
+    try:
+        for piece in pieces:
+            write(piece)
+        write("\n")
+    except KeyboardInterrupt:
+        write(" ...\n(stopped)\n")
+    except PeftctlError as error:
+        write(f"error: {error}\n")
+    finally:
+        pieces.close()
+
+
+def _template(artefact: Artefact) -> str:
+    """Return `data.template` of the run that an artefact belongs to; `chat` without a run."""
+    if artefact.recipe is None:
+        return templates.CHAT
+    try:
+        return yaml.safe_load(artefact.recipe.read_text(encoding="utf-8"))["data"].get("template", templates.CHAT)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{artefact.recipe}: can't be read as a recipe ({error}); give the adapter by itself"
+        ) from error
+
+
+def _frame(template: str) -> Callable[[str], str] | None:
+    """Return what puts a message into a plain template; None for the chat template."""
+    if template == templates.CHAT:
+        return None
+    if template == templates.ALPACA:
+        return templates.alpaca_prompt
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    if len(fields) != 1:
+        raise UsageError(f"data.template of this run takes {', '.join(sorted(fields))}; chat fills in one field only")
+    (field,) = fields
+    return lambda text: templates.fill(template, {field: text}, "this message")
