@@ -55,8 +55,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        console.fail("out of device memory; lower train.batch_size (raise train.gradient_accumulation instead), "
-                     "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory")  # fmt: skip
+        console.fail(
+            "out of device memory; lower train.batch_size and raise train.gradient_accumulation instead, "
+            "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory"
+        )
         return 1
     return 0
 
@@ -322,7 +324,8 @@ def _show_summary(result: Any) -> None:
         console.show_table("held-out rows", ["metric", "before", "after"], rows)
     if summary["steps"]:
         console.out.print(
-            f"{summary['steps']} steps, {summary['train_tokens']:,} tokens ({summary['supervised_tokens']:,} trained on) "
+            f"{summary['steps']} steps, {summary['train_tokens']:,} tokens, "
+            f"{summary['supervised_tokens']:,} of them trained on, "
             f"in {console.duration(summary['train_seconds'])}: {summary['tokens_per_second']:,.0f} tokens/s, "
             f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
         )

@@ -32,7 +32,7 @@ def layer_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> list[str]:
-    """Return the peftctl modules that a file imports, also relatively, inside functions, and through `from peftctl import x`."""
+    """Return the peftctl modules that a file imports: relatively, in functions, through `from peftctl import x`."""
     package = ["peftctl", *path.relative_to(PACKAGE).parent.parts]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

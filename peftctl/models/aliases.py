@@ -1,4 +1,4 @@
-"""Short names of the demo models: `smollm2-135m` is the copy that scripts/fetch_demo_models.py made, else the hub's model."""
+"""Short names of the demo models: `smollm2-135m` is the copy that was fetched here, else the hub's model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_fetched(alias: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """Return what to load for `name`: an alias gives its cached folder, else its hub id; other names stay as they are."""
+    """Return what to load: for an alias its cached folder, else its hub id; other names stay as they are."""
     if name not in ALIASES:
         return name
     return str(model_dir(name)) if is_fetched(name) else ALIASES[name]

@@ -1,6 +1,7 @@
 """What a checkpoint holds beyond the Trainer's own files: the optimized tensors, the method's state, the stage.
 
-    checkpoint-N/  trainable.safetensors  method.pt  stage.json  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
+    checkpoint-N/  trainable.safetensors  method.pt  stage.json
+                   optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
 
 Only tensors that the optimizer owns are saved, by name: the frozen base is never copied.
 """

@@ -30,7 +30,8 @@ def write_recipe(folder, tiny_dir, method=None, **sections):
         "method": method or {"name": "lora", "r": 4, "dropout": 0.1, "target_modules": "all-linear"},
         "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
         "train": {
-            "output_dir": str(folder / "run"), "max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "logging_steps": 2,
+            "output_dir": str(folder / "run"),
+            "max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "logging_steps": 2,
         },
     }  # fmt: skip
     for section, keys in sections.items():

@@ -103,8 +103,11 @@ def test_only_a_and_b_of_the_targets_train():
     model = applied(Method(Config(**QV)), tiny_llama())
     names = {n.split("base_model.model.")[1] for n, p in model.named_parameters() if p.requires_grad}
     expected = {
-        f"model.layers.{i}.self_attn.{m}.lora_{f}.default.weight" for i in range(4) for m in ("q_proj", "v_proj") for f in "AB"
-    }  # fmt: skip
+        f"model.layers.{i}.self_attn.{m}.lora_{f}.default.weight"
+        for i in range(4)
+        for m in ("q_proj", "v_proj")
+        for f in "AB"
+    }
     assert names == expected
 
 
