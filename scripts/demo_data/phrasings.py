@@ -120,7 +120,7 @@ BOOK = Intent(
 )  # fmt: skip
 
 PAY = Intent(
-    shape={"call": "pay", "to": "to", "amount": "amount", "when": {"date": "date"}, "for": "for"},
+    shape={"call": "pay", "to": "to", "amount": "amount", "when": {"date": "date"}, "for": "for", "not": "not"},
     makers={
         "to": values.person,
         "amount": values.amount,
@@ -151,7 +151,7 @@ PAY = Intent(
 )  # fmt: skip
 
 REMIND = Intent(
-    shape={"call": "remind", "task": "task", "when": {"date": "date", "time": "time"}},
+    shape={"call": "remind", "task": "task", "when": {"date": "date", "time": "time"}, "not": "not"},
     makers={
         "task": values.pooled(pools.TASK_VERBS, pools.TASK_OBJECTS),
         "date": values.date,

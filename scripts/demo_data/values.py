@@ -71,18 +71,19 @@ def _part_of_day(hour: int) -> str:
 
 
 def time(rng: Random, split: Split) -> Value:
-    """Return a time of day; in the call it is HH:MM of 24 hours."""
+    """Return a time of day; in the call it is in digits, of 24 hours or with am and pm as it was said."""
     while True:
         hour, minute = rng.randint(7, 21), rng.choice((0, 10, 15, 20, 30, 40, 45, 50))
         if _in_split(hour + minute // 5, split):
             break
-    leaf, clock = f"{hour:02d}:{minute:02d}", (hour - 1) % 12 + 1
+    clock = (hour - 1) % 12 + 1
     digits = f"{clock}:{minute:02d}" if minute else f"{clock}"
     twelve = f"{digits} {'am' if hour < 12 else 'pm'}"
     spoken = {0: "{}", 30: "half past {}"}.get(minute)
     if spoken and rng.random() < 0.25:
-        return _said(f"{spoken.format(words(clock))} in the {_part_of_day(hour)}", leaf)
-    return _said(rng.choice((leaf, twelve, twelve)), leaf)
+        return _said(f"{spoken.format(words(clock))} in the {_part_of_day(hour)}", twelve)
+    said = rng.choice((f"{hour:02d}:{minute:02d}", twelve, twelve))
+    return _said(said, said)
 
 
 def amount(rng: Random, split: Split) -> Value:
