@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +89,3 @@ def _write(artefact: Artefact, metrics: Any, base: Any, samples: Sequence[Any]) 
     run = RunDir(artefact.path)
     run.write_json(run.eval, {"metrics": metrics, "base": base, "samples": list(samples)})
     return run.eval
-
-
-def to_json(evaluation: Evaluation) -> str:
-    """Return an evaluation as JSON."""
-    content = {
-        "target": evaluation.target,
-        "metrics": evaluation.metrics,
-        "base": evaluation.base,
-        "samples": list(evaluation.samples),
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False)

@@ -206,6 +206,9 @@ class _Run:
         )
         if when == "before":
             identity.record_before(self.run, result.metrics)
+        else:
+            content = {"metrics": result.metrics, "base": None, "samples": result.samples}
+            self.run.write_json(self.run.eval, content)
         return result.metrics
 
     def _finish(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,11 @@ class Encoder:
 
     def encode(self, example: Example) -> list[EncodedRow]:
         """Return the rows of one example, at least one; see `EncodedRow.dropped_reason`."""
-        return [self._row(rendered, example.where) for rendered in self.renderer.render(example)]
+        return [
+            self._row(part, example.where)
+            for rendered in self.renderer.render(example)
+            for part in self._separated(rendered)
+        ]
 
     def prompt_ids(self, prompt: Rendered) -> list[int]:
         """Return the tokens from which generation starts."""
@@ -91,8 +95,20 @@ class Encoder:
             ids, labels = [*ids, int(self.tokenizer.eos_token_id)], [*labels, int(self.tokenizer.eos_token_id)]
         return ids, labels
 
+    def _separated(self, rendered: Rendered) -> list[Rendered]:
+        """Give each answer that begins inside a token a row of its own, if there are others.
+
+        The cut before it is right for this answer alone: the prompts of later ones hold the text uncut.
+        """
+        if len(rendered.spans) < 2 or not self.tokenizer.is_fast:
+            return [rendered]
+        _, starts, ends = self._tokens(rendered.text)
+        inside = [span for span in rendered.spans if span[0] and not _between_tokens(span[0], starts, ends)]
+        together = tuple(span for span in rendered.spans if span not in inside)
+        return [_only(rendered, spans) for spans in [*((span,) for span in inside), together] if spans]
+
     def _tokenise(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Return the tokens and, for each, a character at which or before which it starts, within its piece."""
+        """Return the tokens and the character at which each starts."""
         if not self.tokenizer.is_fast:
             return self._in_pieces(text, sorted({position for span in spans for position in span}))
         ids, starts, ends = self._tokens(text)
@@ -127,8 +143,10 @@ class Encoder:
         ids = list(encoded["input_ids"])
         if not fast or not ids:
             return ids, [0] * len(ids), [0] * len(ids)
-        starts, ends = zip(*encoded["offset_mapping"], strict=True)
-        return ids, list(starts), list(ends)
+        starts, ends = map(list, zip(*encoded["offset_mapping"], strict=True))
+        # Some tokenizers leave the space that a token begins with out of its offsets; it is the token's all the same.
+        starts = [0, *map(min, starts[1:], ends)]
+        return ids, starts, ends
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> list[EncodedRow]:
@@ -136,11 +154,14 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, data: DataSecti
     return Encoder(tokenizer, data).encode(example)
 
 
-def _between_tokens(position: int, starts: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether a token ends at `position`.
+def _only(rendered: Rendered, spans: tuple[tuple[int, int], ...]) -> Rendered:
+    """Return the text with only these spans trained on, up to the last of them."""
+    if spans[-1] == rendered.spans[-1]:
+        return replace(rendered, spans=spans)
+    return Rendered(rendered.text[: spans[-1][1]], spans)
 
-    White space that no token covers before it counts as inside one: some tokenizers leave the space that a token
-    begins with out of its offsets.
-    """
+
+def _between_tokens(position: int, starts: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether a token ends at `position`."""
     index = bisect_left(starts, position)
     return index > 0 and ends[index - 1] == position

@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="recipes/quickstart.yaml")
     parser.add_argument("--row-tokens", type=int, default=230, help="mean tokens a row; rows vary by half of it")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", choices=["bare", "peftctl"], help=argparse.SUPPRESS)
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
 def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--worker", name, "--recipe", options.recipe]
     command += ["--row-tokens", str(options.row_tokens), "--steps", str(options.steps)]
+    command += ["--batch-size", str(options.batch_size)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
@@ -72,12 +74,17 @@ def workload(options: argparse.Namespace):
     folder = Path(tempfile.mkdtemp())
     rows = [row.fields for row in read_rows(plain.data.train)]
     tokenizer = prepare(plain).tokenizer
-    longer = lengthen(rows, tokenizer, options.row_tokens, steps * plain.train.batch_size)
+    longer = lengthen(rows, tokenizer, options.row_tokens, steps * options.batch_size)
     data = folder / "rows.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in longer), encoding="utf-8")
     overrides = [f"data.train={data}", "data.eval=null", "train.eval_steps=null", f"train.max_steps={steps}"]
     overrides += ["train.epochs=null", f"train.output_dir={folder / 'run'}", "eval.metrics=[loss]"]
-    overrides += ["train.save_steps=100000", "data.max_length=2048", "train.logging_steps=1"]
+    overrides += [
+        f"train.batch_size={options.batch_size}",
+        "train.save_steps=100000",
+        "data.max_length=2048",
+        "train.logging_steps=1",
+    ]
     recipe = load_recipe(options.recipe, overrides)
     ready = prepare(recipe)
     return ready.recipe, ready
@@ -155,10 +162,10 @@ def run_bare(options: argparse.Namespace) -> dict[str, float]:
             clock.step(state.global_step)
 
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=recipe.train.batch_size, max_steps=recipe.train.max_steps,
-        gradient_accumulation_steps=recipe.train.gradient_accumulation, learning_rate=recipe.train.learning_rate,
-        lr_scheduler_type=recipe.train.scheduler, report_to=[], use_cpu=not torch.cuda.is_available(), save_strategy="no",
-        logging_steps=1, disable_tqdm=True, seed=recipe.train.seed,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=recipe.train.batch_size,
+        gradient_accumulation_steps=recipe.train.gradient_accumulation, max_steps=recipe.train.max_steps,
+        learning_rate=recipe.train.learning_rate, lr_scheduler_type=recipe.train.scheduler, seed=recipe.train.seed,
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows,

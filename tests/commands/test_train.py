@@ -49,6 +49,7 @@ def test_every_method_leaves_a_run_that_loads(tmp_path, tiny_dir, method, dtype)
     assert ("adapter" in names) == (method["name"] != "full")
     summary = result.summary
     assert summary["method"] == method["name"]
+    assert json.loads((result.run / "eval.json").read_text())["metrics"] == summary["eval"]["after"]
     assert summary["eval"]["before"]["loss"] > 0 and summary["eval"]["after"]["loss"] > 0
     model, tokenizer = peftctl.load(str(result.run))
     ids = tokenizer("answer with 3", return_tensors="pt").input_ids

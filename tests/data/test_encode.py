@@ -118,12 +118,18 @@ class TestBoundaryInsideAToken:
             "<|user|>:43 Hi:8 <|end|>:42 <|assistant|>:44 Ċ:1* Hello:9* <|end|>:42* <|endoftext|>:41"
         )
 
-    def test_later_turns_of_a_conversation(self):
+    def test_later_prompts_hold_the_answer_uncut(self):
         tokenizer = byte_level(styles.CHATML)
-        messages = [user("Hi"), assistant("\nHello"), user("How"), assistant("\nFine")]
-        (row,) = encode(example(messages=messages), tokenizer, section())
-        assert tokenizer.decode(trained(row)) == "\nHello<|im_end|>\nFine<|im_end|>"
-        assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        messages = [user("Hi"), assistant("\nHello"), user("How"), assistant("Fine")]
+        first, second = encode(example(messages=messages), tokenizer, section())
+        assert readable(first, tokenizer) == one_line("""
+            <|im_start|>:41 user:4 Ċ:1 Hi:8 <|im_end|>:42 Ċ:1
+            <|im_start|>:41 assistant:5 Ċ:1 Ċ:1* Hello:9* <|im_end|>:42*""")
+        assert readable(second, tokenizer) == one_line("""
+            <|im_start|>:41 user:4 Ċ:1 Hi:8 <|im_end|>:42 Ċ:1
+            <|im_start|>:41 assistant:5 ĊĊ:2 Hello:9 <|im_end|>:42 Ċ:1
+            <|im_start|>:41 user:4 Ċ:1 How:11 <|im_end|>:42 Ċ:1
+            <|im_start|>:41 assistant:5 Ċ:1 Fine:14* <|im_end|>:42* Ċ:1""")
 
 
 def test_tokenizer_without_offsets():
@@ -209,13 +215,37 @@ def test_supervised_text_is_the_answers_with_their_end_tokens(name, turns):
     if not any(flag for _, _, flag in turns):
         assert [row.dropped_reason for row in rows] == ["every assistant turn has train: false"]
         return
-    (row,) = rows
-    pieces = preview(row, tokenizer)
-    assert "".join(text for text, on in pieces if on) == "".join(a + end for _, a, flag in turns if flag)
-    last = max(i for i, (_, _, flag) in enumerate(turns) if flag)
-    written = tokenizer.apply_chat_template(messages[: 2 * last + 2], tokenize=False)
-    assert "".join(text for text, _ in pieces) == written
-    assert not row.truncated
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    shown = [preview(row, tokenizer) for row in rows]
+    assert sorted(text for pieces in shown for text, on in pieces if on) == sorted(a + end for _, a, f in turns if f)
+    assert all(written.startswith("".join(text for text, _ in pieces)) for pieces in shown)
+    assert not any(row.truncated for row in rows)
+
+
+STYLES = [
+    styles.LLAMA3, styles.CHATML_DEFAULT_SYSTEM, styles.MISTRAL_V1, styles.MISTRAL_V3, styles.LLAMA2, styles.GEMMA,
+    styles.QWEN3, styles.PHI3, styles.ZEPHYR, styles.HARMONY, styles.NO_TOKENS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [None, [{"name": "help"}]])
+@settings(max_examples=80, deadline=None)
+@given(turns=CONVERSATIONS, template=st.sampled_from(STYLES), build=st.sampled_from([byte_level, metaspace]))
+def test_every_answer_stands_behind_the_ids_of_inference(tools, turns, template, build):
+    tokenizer = build(template)
+    messages = [m for question, answer, _ in turns for m in (user(question), assistant(answer))]
+    rows = encode(example(messages=messages, tools=tools), tokenizer, section(max_length=10_000))
+    found = [
+        row.input_ids[:i]
+        for row in rows
+        for i in range(1, len(row.labels))
+        if row.labels[i - 1] == -100 and row.labels[i] != -100
+    ]
+    expected = [
+        tokenizer.apply_chat_template(messages[:i], tools=tools, add_generation_prompt=True, return_dict=False)
+        for i in range(1, len(messages), 2)
+    ]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
