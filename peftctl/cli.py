@@ -18,9 +18,6 @@ import typer
 from peftctl import __version__, console
 from peftctl.errors import PeftctlError, UsageError
 
-# Share of an update that rounding may take before the user is told.
-LOST_NOTICE = 0.5
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 recipes_app = typer.Typer(help="List, show and copy the recipes that come with peftctl; print their schema.")
 app.add_typer(recipes_app, name="recipes")
@@ -112,13 +109,13 @@ def train(
 
         report = checking.check(loaded, preview_rows=0)
         if not _emit(report.to_dict(), as_json):
-            _show_check(report, with_recipe=True)
+            console.show_check(report, with_recipe=True)
         return
     from peftctl.commands.train import train as start
 
     result = start(loaded, resume=resume, fresh=fresh, reporter=console.ConsoleReporter())
     if not _emit(dict(result.summary), as_json):
-        _show_summary(result)
+        console.show_summary(result)
 
 
 @app.command()
@@ -136,7 +133,7 @@ def check(
 
     report = checking.check(load_recipe(recipe, overrides or ()), preview_rows=rows, device=device, memory=memory)
     if not _emit(report.to_dict(), as_json):
-        _show_check(report, with_recipe=False)
+        console.show_check(report, with_recipe=False)
     if report.fits is False:
         raise typer.Exit(2)
 
@@ -180,7 +177,7 @@ def merge(
         raise UsageError("merging several adapters is not in this version; give one TARGET")
     result = merging.merge(targets[0], output, dtype=dtype)
     if not _emit(result, as_json):
-        _show_merge(result)
+        console.show_merge(result)
 
 
 @app.command()
@@ -314,49 +311,3 @@ def _read_line() -> str | None:
         return input("> ")
     except EOFError:
         return None
-
-
-def _show_summary(result: Any) -> None:
-    summary = result.summary
-    before, after = summary["eval"]["before"], summary["eval"]["after"]
-    if after:
-        rows = [[name, console.figure(before.get(name, "")), console.figure(value)] for name, value in after.items()]
-        console.show_table("held-out rows", ["metric", "before", "after"], rows)
-    if summary["steps"]:
-        console.out.print(
-            f"{summary['steps']} steps, {summary['train_tokens']:,} tokens, "
-            f"{summary['supervised_tokens']:,} of them trained on, "
-            f"in {console.duration(summary['train_seconds'])}: {summary['tokens_per_second']:,.0f} tokens/s, "
-            f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
-        )
-    console.out.print(f"result: {result.artefact}", markup=False)
-
-
-def _show_merge(result: dict[str, Any]) -> None:
-    rows = [
-        ["largest change of a logit", console.figure(result["max_delta"])],
-        ["mean KL(unmerged || merged)", console.figure(result["kl"])],
-        ["same first choice", f"{result['top1_agreement']:.2%} of {result['positions']:,} positions"],
-        [f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"],
-    ]
-    console.show_table(f"merged {result['layers']} layers into {result['output']}", ["", ""], rows)
-    if result["lost"] > LOST_NOTICE:
-        console.out.print(
-            f"notice: {result['dtype']} rounds away {result['lost']:.0%} of the update; --dtype float32 keeps it",
-            markup=False,
-        )
-
-
-def _show_check(report: Any, *, with_recipe: bool) -> None:
-    if with_recipe:
-        console.out.print(report.recipe_yaml, markup=False, end="")
-    for title, rows in report.tables():
-        console.show_table(title, ["", ""], rows)
-    for i, pieces in enumerate(report.previews):
-        console.out.print(f"row {i + 1} (marked: trained on)", style="bold")
-        console.out.print(console.coloured(pieces))
-    for line in report.notices:
-        console.out.print(f"notice: {line}", markup=False)
-    if report.fits is False:
-        console.fail("the plan does not fit the memory; lower train.batch_size or data.max_length, or set "
-                     "train.gradient_checkpointing=true")  # fmt: skip

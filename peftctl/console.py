@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+# Share of an update that rounding may take before the user is told.
+LOST_NOTICE = 0.5
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -20,10 +24,14 @@ def fail(message: str) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is left-aligned, the others are figures."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """Print a table; columns that hold only figures are aligned on the right."""
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
+        header_style="bold", show_header=any(columns),
+    )  # fmt: skip
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        figures = all(row[i][:1].isdigit() or row[i] in ("", "nan") for row in rows)
+        table.add_column(column, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
@@ -114,3 +122,52 @@ class ConsoleReporter(Reporter):
 def _line(metrics: Mapping[str, float]) -> str:
     names = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "lr", "tokens_per_second": "tokens/s"}
     return "  ".join(f"{label} {figure(metrics[key])}" for key, label in names.items() if key in metrics)
+
+
+def show_summary(result: Any) -> None:
+    """Show what a `commands.train.TrainResult` says."""
+    summary = result.summary
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    if after:
+        rows = [[name, figure(before.get(name, "")), figure(value)] for name, value in after.items()]
+        show_table("held-out rows", ["metric", "before", "after"], rows)
+    if summary["steps"]:
+        out.print(
+            f"{summary['steps']} steps, {summary['train_tokens']:,} tokens, "
+            f"{summary['supervised_tokens']:,} of them trained on, "
+            f"in {duration(summary['train_seconds'])}: {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+        )
+    out.print(f"result: {result.artefact}", markup=False)
+
+
+def show_merge(result: Mapping[str, Any]) -> None:
+    """Show the figures of the parity gate."""
+    rows = [
+        ["largest change of a logit", figure(result["max_delta"])],
+        ["mean KL(unmerged || merged)", figure(result["kl"])],
+        ["same first choice", f"{result['top1_agreement']:.2%} of {result['positions']:,} positions"],
+        [f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"],
+    ]
+    show_table(f"merged {result['layers']} layers into {result['output']}", ["", ""], rows)
+    if result["lost"] > LOST_NOTICE:
+        out.print(
+            f"notice: {result['dtype']} rounds away {result['lost']:.0%} of the update; --dtype float32 keeps it",
+            markup=False,
+        )
+
+
+def show_check(report: Any, *, with_recipe: bool) -> None:
+    """Show a `commands.check.CheckReport`."""
+    if with_recipe:
+        out.print(report.recipe_yaml, markup=False, end="")
+    for title, rows in report.tables():
+        show_table(title, ["", ""], rows)
+    for i, pieces in enumerate(report.previews):
+        out.print(f"row {i + 1} (marked: trained on)", style="bold")
+        out.print(coloured(pieces))
+    for line in report.notices:
+        out.print(f"notice: {line}", markup=False)
+    if report.fits is False:
+        fail("the plan does not fit the memory; lower train.batch_size or data.max_length, or set "
+                     "train.gradient_checkpointing=true")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from peftctl.backends.device import fast_dtype
@@ -114,6 +115,9 @@ def refuse_unsupported(recipe: Recipe, method: Method) -> None:
         raise UsageError(f"model.task: {name} does not do {recipe.model.task}; it does: {', '.join(card.tasks)}")
     if recipe.train.gradient_checkpointing and "gradient_checkpointing" not in card.supports:
         raise UsageError(f"train.gradient_checkpointing: {name} does not support it; remove it")
+    for tracker in recipe.train.report_to:  # each is the name of its package
+        if find_spec(tracker) is None:
+            raise UsageError(f"train.report_to: {tracker} is not installed; pip install 'peftctl[{tracker}]'")
 
 
 def refuse_leak(train_rows: Sequence[EncodedRow], eval_rows: Sequence[EncodedRow]) -> None:

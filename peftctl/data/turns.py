@@ -6,7 +6,7 @@ ends. What follows its content is the end that full shares with the same turn un
 special token in there ends the turn, and what the template writes after that (a newline, a second token) is not ours.
 
 - full does not begin with the prompt because the *generation prompt* differs (one that opens `<think>`): the answer
-  begins where the two part.
+  begins where the two part, white space aside.
 - ... because *earlier text* differs (a system message written only when the user spoke last): the text becomes the
   prompt that inference would give, followed by what full has after the end of that prompt.
 - The template knows no generation prompt: the header that it writes around any content is not part of the answer.
@@ -97,6 +97,8 @@ class Chat:
         else:
             start = head
         tail = _shared_end([full[start:], *probes])
+        if any(call["function"]["name"] not in full[start:] for call in answer.extra.get("tool_calls", ())):
+            raise wrong(where, "the tokenizer's chat template leaves out the tool calls of assistant messages")
         end = self._end_of_turn(full, start, len(full) - tail, answer)
         if end is not None:
             return Turn(full, start, end, eos=False)
@@ -127,7 +129,7 @@ class Chat:
         if not full.startswith(prompt):
             unchanged = _shared_start([prompt, bare])
             if full.startswith(prompt[:unchanged]):
-                return full, self._behind_token(full, _shared_start([prompt, full[:head]]))
+                return full, self._behind_token(full, _end_of_header(prompt, full[:head]))
             found = _end_of_prompt(prompt, full[:head])
             full, head = prompt + full[found:], len(prompt) + head - found
         has_header = prompt == bare and bool(full[len(prompt) : head].strip())
@@ -163,6 +165,17 @@ def _end_of_prompt(prompt: str, head: str) -> int:
         if length > best:
             best, position = length, end
     return position
+
+
+def _end_of_header(prompt: str, head: str) -> int:
+    """Return the position in `head` up to which it agrees with `prompt`, but for white space."""
+    i = end = _shared_start([prompt, head])
+    while True:
+        i += len(prompt[i:]) - len(prompt[i:].lstrip())
+        j = end + len(head[end:]) - len(head[end:].lstrip())
+        if i == len(prompt) or j == len(head) or prompt[i] != head[j]:
+            return end
+        i, end = i + 1, j + 1
 
 
 def _shared_start(texts: Sequence[str]) -> int:

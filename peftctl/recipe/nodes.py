@@ -103,9 +103,15 @@ Path = tuple[str | int, ...]
 def raise_findings(findings: Iterable[Finding]) -> None:
     """Raise all findings as one RecipeError, by place and each once; return where there are none."""
     ordered = sorted(findings, key=lambda finding: finding.place.order)
-    problems = dict.fromkeys(Problem(f.place.text, f.message, f.hint) for f in ordered)
+    problems = dict.fromkeys(Problem(f.place.text, _without_place(f), f.hint) for f in ordered)
     if problems:
         raise RecipeError(list(problems))
+
+
+def _without_place(finding: Finding) -> str:
+    """Return the message without the key where the place names it already, as on the command line."""
+    key, _, rest = finding.message.partition(": ")
+    return rest if finding.place.text == f"command line: {key}" else finding.message
 
 
 def plain(node: Node) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from peftctl.artifacts.rundir import RunDir
-from peftctl.errors import UsageError
 from peftctl.recipe.schema import Recipe
 from peftctl.training.optimizers import LIBRARY_NAMES
 
@@ -66,18 +65,8 @@ def library_arguments(
 
 
 def trackers(recipe: Recipe, run: RunDir) -> list[TrainerCallback]:
-    """Return the callbacks of `train.report_to`; what they write stays inside the run directory.
-
-    Raises:
-        UsageError: A tracker's package is not installed.
-    """
-    made: list[TrainerCallback] = []
-    for name in recipe.train.report_to:
-        try:
-            made.append(_TRACKERS[name](run))
-        except (ImportError, RuntimeError) as error:
-            raise UsageError(f"train.report_to: {name} is not installed; pip install 'peftctl[{name}]'") from error
-    return made
+    """Return the callbacks of `train.report_to`; what they write stays inside the run directory."""
+    return [_TRACKERS[name](run) for name in recipe.train.report_to]
 
 
 def _tensorboard(run: RunDir) -> TrainerCallback:

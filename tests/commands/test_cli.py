@@ -57,6 +57,7 @@ def test_static_problems_exit_2_together_without_importing_torch(tmp_path, tiny_
         ("data.train=missing.jsonl", "missing.jsonl"),
         ("method.name=lorra", "did you mean 'lora'?"),
         ("model.task=seq_cls", "seq_cls"),
+        ("train.report_to=[wandb]", "pip install 'peftctl[wandb]'"),
     ],
 )
 def test_wrong_values_are_one_message_and_exit_2(capsys, tmp_path, tiny_dir, override, message):

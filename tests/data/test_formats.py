@@ -79,7 +79,10 @@ class TestMessages:
             ),
             ([{"role": "assistant", "content": "a", "train": 1}], ".train: expected true or false, got a number"),
             ([{"role": "user", "content": "a", "train": True}], ".train: only assistant messages can be trained on"),
-            ([{"role": "assistant", "tool_calls": [{"x": 1}]}], ".tool_calls: expected calls by name and arguments"),
+            (
+                [{"role": "assistant", "tool_calls": [{"x": 1}]}],
+                ".tool_calls: expected calls with a function name and arguments",
+            ),
         ],
     )
     def test_problems(self, messages, message):

@@ -63,9 +63,9 @@ def test_null_returns_to_the_default(here):
 
 def test_null_of_a_required_key_is_an_error(here):
     assert problems(GOOD, "train.output_dir=null", "model=null", "method.name=") == [
-        "command line: train.output_dir: train.output_dir: required key is missing; add it under `train:`",
-        "command line: model: model: required section is missing; add `model:`",
-        "command line: method.name: method.name: required key is missing; known: lora, prompt",
+        "command line: train.output_dir: required key is missing; add it under `train:`",
+        "command line: model: required section is missing; add `model:`",
+        "command line: method.name: required key is missing; known: lora, prompt",
     ]
 
 
@@ -83,15 +83,15 @@ def test_the_last_override_of_a_key_wins(here):
         ("--train.seed=3", "command line: --train.seed: expected KEY=VALUE with a dotted KEY, got '--train.seed=3'; write it like train.learning_rate=1e-4"),
         ("train.output_dir.x=3", "command line: train.output_dir.x: train.output_dir is a value, not a section; set train.output_dir itself"),
         ("data.train.0.x=3", "command line: data.train.0.x: data.train is a value, not a section; set data.train itself"),
-        ("train.sed=3", "command line: train.sed: train.sed: unknown key; did you mean 'seed'?"),
-        ("train.sed=null", "command line: train.sed: train.sed: unknown key; did you mean 'seed'?"),
+        ("train.sed=3", "command line: train.sed: unknown key; did you mean 'seed'?"),
+        ("train.sed=null", "command line: train.sed: unknown key; did you mean 'seed'?"),
         ("trian.seed=3", "command line: trian.seed: trian: unknown key; did you mean 'train'?"),
-        ("train.seed=x", 'command line: train.seed: train.seed: expected an integer, got text "x"'),
-        ("train.learning_rate='0.1'", 'command line: train.learning_rate: train.learning_rate: expected a number, got text "0.1"; remove the quotes'),
-        ("data.train=[a", "command line: data.train: data.train: not YAML: found a list that is not closed; put the value in quotes"),
-        ("train.seed={a", "command line: train.seed: train.seed: not YAML: found a mapping that is not closed; put the value in quotes"),
-        ("method=lora", 'command line: method: method: expected a section, got text "lora"; write `name: lora`, indented, below `method:`'),
-        ("eval='a", "command line: eval: eval: expected a section, got text \"'a\"; write its keys, indented, below `eval:`"),
+        ("train.seed=x", 'command line: train.seed: expected an integer, got text "x"'),
+        ("train.learning_rate='0.1'", 'command line: train.learning_rate: expected a number, got text "0.1"; remove the quotes'),
+        ("data.train=[a", "command line: data.train: not YAML: found a list that is not closed; put the value in quotes"),
+        ("train.seed={a", "command line: train.seed: not YAML: found a mapping that is not closed; put the value in quotes"),
+        ("method=lora", 'command line: method: expected a section, got text "lora"; write `name: lora`, indented, below `method:`'),
+        ("eval='a", "command line: eval: expected a section, got text \"'a\"; write its keys, indented, below `eval:`"),
         ("train.seed=${NOPE}", "command line: train.seed: environment variable NOPE is not set; set it, or write ${NOPE:-default}"),
         ("data.template={a} ${NOPE}", "command line: data.template: environment variable NOPE is not set; set it, or write ${NOPE:-default}"),
         ("model.revision=a\0b", "command line: model.revision: a character that no text may hold (NUL or half a surrogate pair); remove it"),
@@ -115,7 +115,7 @@ def test_a_key_on_the_command_line_displaces_the_file_s_rival(here):
     assert (recipe.train.max_steps, recipe.train.epochs) == (5, 1.0)
     assert (recipe.train.warmup_steps, recipe.train.warmup_ratio) == (1, None)
     assert problems(GOOD, "train.max_steps=5", "train.epochs=2") == [
-        "command line: train.epochs: train.epochs: contradicts train.max_steps, which is set too; keep one of the two"
+        "command line: train.epochs: contradicts train.max_steps, which is set too; keep one of the two"
     ]
 
 

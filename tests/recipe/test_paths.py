@@ -205,7 +205,7 @@ def test_the_loader_places_path_problems_at_the_value(here):
         "x.yaml:10:15: train.output_dir: expected a directory, but 'taken' is a file; choose another directory",
     ]
     assert problems(GOOD, "data.train=row.jsonl") == [
-        "command line: data.train: data.train: no such file: 'row.jsonl'; did you mean 'rows.jsonl'?"
+        "command line: data.train: no such file: 'row.jsonl'; did you mean 'rows.jsonl'?"
     ]
 
 
