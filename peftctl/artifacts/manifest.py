@@ -5,15 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftctl.errors import ArtifactError
+from peftctl.methods.base import Card
 from peftctl.models.aliases import ALIASES
 from peftctl.recipe.schema import Recipe
 
 NAME = "peftctl.json"
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """What an artefact says about itself.
+
+    Args:
+        method: Name of the method.
+        card: Its card.
+        recipe: The run's resolved recipe.
+        base_fingerprint: Of the base model's weights, before training.
+        facts: Figures of the run for the model card; None and NaN are left out.
+    """
+
+    method: str
+    card: Card
+    recipe: Recipe
+    base_fingerprint: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build(recipe: Recipe, base_fingerprint: str, chat_template: Any) -> dict[str, Any]:

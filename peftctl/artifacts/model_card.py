@@ -16,7 +16,7 @@ from peftctl.models.load import AUTO_CLASSES
 from peftctl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from peftctl.artifacts.save import ArtifactInfo
+    from peftctl.artifacts.manifest import ArtifactInfo
 
 
 def render_card(exported: Any, info: ArtifactInfo) -> str:

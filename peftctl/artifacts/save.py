@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +9,13 @@ from transformers import PreTrainedModel
 
 from peftctl.artifacts import manifest as manifests
 from peftctl.artifacts.checks import check_weights
+from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.model_card import render_card
 from peftctl.artifacts.rundir import RunDir, staged
-from peftctl.methods.base import Card
 from peftctl.models.aliases import resolve
 from peftctl.recipe.schema import Recipe
 
 MAX_SHARD = "5GB"
-
-
-@dataclass(frozen=True)
-class ArtifactInfo:
-    """What an artefact says about itself.
-
-    Args:
-        method: Name of the method.
-        card: Its card.
-        recipe: The run's resolved recipe.
-        base_fingerprint: Of the base model's weights, before training.
-        facts: Figures of the run for the model card; None and NaN are left out.
-    """
-
-    method: str
-    card: Card
-    recipe: Recipe
-    base_fingerprint: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_artifact(

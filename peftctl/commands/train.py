@@ -14,6 +14,7 @@ from transformers import set_seed
 from peftctl.artifacts import checks, save
 from peftctl.artifacts.dtypes import cast_weights
 from peftctl.artifacts.load import load
+from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.rundir import RunDir
 from peftctl.backends import device as devices
 from peftctl.commands import identity
@@ -167,7 +168,7 @@ class _Run:
             checks.check_moved(model, initial)
         exported = self.method.export(model)
         reference = checks.probe_logits(model if exported is None else exported, self._probe())
-        info = save.ArtifactInfo(
+        info = ArtifactInfo(
             method=self.recipe.method.name,
             card=self.method.card,
             recipe=self.recipe,

@@ -86,6 +86,6 @@ class GroupedBatches:
 
 
 def _dealt(rows: Sequence[int], count: int) -> list[list[int]]:
-    """Cut rows into `count` consecutive parts whose sizes differ by one at most."""
-    bounds = [len(rows) * i // count for i in range(count + 1)]
+    """Cut rows into `count` consecutive parts whose sizes differ by one at most, empty ones last."""
+    bounds = [-(-len(rows) * i // count) for i in range(count + 1)]
     return [list(rows[bounds[i] : bounds[i + 1]]) for i in range(count)]

@@ -169,13 +169,14 @@ def _end_of_prompt(prompt: str, head: str) -> int:
 
 def _end_of_header(prompt: str, head: str) -> int:
     """Return the position in `head` up to which it agrees with `prompt`, but for white space."""
-    i = end = _shared_start([prompt, head])
+    end = _shared_start([prompt, head])
+    rest = prompt[end:]
     while True:
-        i += len(prompt[i:]) - len(prompt[i:].lstrip())
-        j = end + len(head[end:]) - len(head[end:].lstrip())
-        if i == len(prompt) or j == len(head) or prompt[i] != head[j]:
+        rest, header = rest.lstrip(), head[end:].lstrip()
+        shared = _shared_start([rest, header])
+        if not shared:
             return end
-        i, end = i + 1, j + 1
+        rest, end = rest[shared:], len(head) - len(header) + shared
 
 
 def _shared_start(texts: Sequence[str]) -> int:

@@ -7,7 +7,6 @@ which tensors train.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,13 @@ from typing import Any
 import torch
 
 from peftctl.artifacts.rundir import RunDir
-from peftctl.console import Reporter
-from peftctl.data.collate import Collator
-from peftctl.data.encode import EncodedRow
 from peftctl.errors import Interrupted, RunError
-from peftctl.methods.base import Method, Stage
+from peftctl.methods.base import Stage
 from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import library_arguments
 from peftctl.training.checkpoints import StageMark, read_mark
 from peftctl.training.signals import stop_on_signal
-from peftctl.training.trainer import MethodTrainer, StageRun
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every stage trains on and writes to."""
-
-    recipe: Recipe
-    method: Method
-    train_rows: Sequence[EncodedRow]
-    eval_rows: Sequence[EncodedRow]
-    collate: Collator
-    run: RunDir
-    reporter: Reporter
+from peftctl.training.trainer import MethodTrainer, StageRun, Workload
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,8 @@ from peftctl.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """All that one stage of a run needs.
-
-    Args:
-        mark: Where it starts; `offset` optimizer steps lie behind it.
-        stop: Set by a signal.
-    """
+class Workload:
+    """What every stage trains on and writes to."""
 
     recipe: Recipe
     method: Method
@@ -51,6 +46,17 @@ class StageRun:
     collate: Collator
     run: RunDir
     reporter: Reporter
+
+
+@dataclass(frozen=True)
+class StageRun(Workload):
+    """One stage of a workload.
+
+    Args:
+        stop: Set by a signal.
+        mark: Where the stage starts; `offset` optimizer steps lie behind it.
+    """
+
     stop: StopRequest
     mark: StageMark
 

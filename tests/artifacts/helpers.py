@@ -22,7 +22,7 @@ def make_recipe(base: str | Path, output: str | Path, *, dtype: str = "float32",
 
 
 def make_info(recipe, base_model, **facts):
-    from peftctl.artifacts.save import ArtifactInfo
+    from peftctl.artifacts.manifest import ArtifactInfo
     from peftctl.methods import registry
     from peftctl.models.fingerprint import weights_fingerprint
 

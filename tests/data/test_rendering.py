@@ -233,7 +233,7 @@ def test_tool_calls_behind_text():
 def test_template_that_leaves_out_tool_calls_is_refused():
     """It would train the model to answer nothing."""
     call = assistant("", tool_calls=[{"name": "help", "arguments": {}}])
-    with pytest.raises(DataError, match="rows.jsonl:1: the tokenizer's chat template leaves out the tool calls"):
+    with pytest.raises(DataError, match=r"^rows.jsonl:1: the tokenizer's chat template leaves out the tool calls"):
         encode(example(messages=[user("Hi"), call]), byte_level(styles.CHATML), section())
 
 
@@ -243,11 +243,9 @@ def test_header_is_not_trained_where_the_generation_prompt_writes_it_with_other_
         "{% for m in messages %}{{ '\n  <|im_start|>' + m.role + '\n  ' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
     )
-    (row,) = encode(example(messages=TWO_TURNS), byte_level(template), section())
     tokenizer = byte_level(template)
-    assert "".join(text for text, on in preview(row, tokenizer) if on) == (
-        "  Hello<|im_end|>  Fine thanks<|im_end|>"
-    ) and tokenizer.decode(row.input_ids).count("<|im_start|>assistant") == 2
+    (row,) = encode(example(messages=TWO_TURNS), tokenizer, section())
+    assert [text for text, on in preview(row, tokenizer) if on] == ["  Hello<|im_end|>", "  Fine thanks<|im_end|>"]
 
 
 def test_train_flags_choose_turns():
