@@ -122,8 +122,7 @@ class Encoder:
         for first, last in pairwise(bounds):
             piece_ids, piece_starts = self._continued(text[first:last], is_first=first == 0)
             ids.extend(piece_ids)
-            # Kept inside the piece: an offset that leaves out white space can point behind its end.
-            starts.extend(first + min(start, last - first - 1) for start in piece_starts)
+            starts.extend(first + start for start in piece_starts)
         return ids, starts
 
     def _continued(self, piece: str, *, is_first: bool) -> tuple[list[int], list[int]]:

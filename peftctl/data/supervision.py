@@ -44,7 +44,7 @@ class SupervisionReport:
         eos_supervised: Share of rows whose last trained token is EOS or an end-of-turn token.
         doubled_bos: Rows that begin with two BOS tokens.
         pad_is_eos: Whether padding is the EOS token; harmless here, as labels never follow from padding.
-        split_conversations: Conversations of several rows, because the template changes earlier turns.
+        split_conversations: Conversations of several rows, because earlier turns read differently in later prompts.
         longest: Tokens of the longest row.
         median: Median of the tokens of a row.
         p95: 95th percentile of the tokens of a row.
@@ -78,7 +78,12 @@ class SupervisionReport:
             ["rows with a doubled BOS", f"{self.doubled_bos:,}"],
         ]
         if self.split_conversations:
-            lines.append(["conversations split", f"{self.split_conversations:,} (the template changes earlier turns)"])
+            lines.append(
+                [
+                    "conversations split",
+                    f"{self.split_conversations:,} (earlier turns read differently in later prompts)",
+                ]
+            )
         if self.pad_is_eos:
             lines.append(["padding", "is the EOS token; EOS is trained on all the same"])
         return lines

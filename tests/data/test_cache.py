@@ -84,6 +84,14 @@ def test_what_does_not_matter_makes_none(tmp_path, encoded):
     assert len(encoded) == 2
 
 
+def test_settings_that_a_call_leaves_in_the_tokenizer_do_not_count(tmp_path):
+    tokenizer = byte_level.__wrapped__(styles.CHATML)
+    before = cache_module.cache_file(tmp_path, [], tokenizer, section())
+    tokenizer("Hi there", truncation=True, max_length=1)
+    assert tokenizer.backend_tokenizer.truncation
+    assert cache_module.cache_file(tmp_path, [], tokenizer, section()) == before
+
+
 def test_special_tokens_of_a_tokenizer_count(tmp_path):
     tokenizer = byte_level.__wrapped__(styles.CHATML)
     run(tmp_path, tokenizer=tokenizer)

@@ -73,6 +73,11 @@ class TestReport:
         assert (report.eos_supervised, report.truncated_answers, report.doubled_bos) == (1.0, 0, 0)
         assert (report.split_conversations, report.pad_is_eos) == (0, False)
 
+    def test_first_token_is_not_counted_as_predicted(self):
+        data = section(format="text")
+        _, report = encode_all([example(data, text="Hi there")], byte_level(styles.CHATML), data)
+        assert (report.tokens, report.supervised_tokens) == (3, 2)  # Hi _there <|im_end|>
+
     def test_lines_and_warnings(self):
         data = section(max_length=11, max_dropped=1.0)
         _, report = many(ONE_TURN, [user("Hi there you " * 9), assistant("Hello")], data=data)
@@ -94,7 +99,7 @@ class TestReport:
     def test_split_conversations(self):
         _, report = many(TWO_TURNS, ONE_TURN, tokenizer=byte_level(styles.QWEN3))
         assert (report.rows, report.split_conversations) == (3, 1)
-        assert ["conversations split", "1 (the template changes earlier turns)"] in report.lines()
+        assert ["conversations split", "1 (earlier turns read differently in later prompts)"] in report.lines()
 
     def test_rows_that_do_not_learn_to_stop(self):
         tokenizer = metaspace.__wrapped__(styles.NO_TOKENS)

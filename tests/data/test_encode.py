@@ -132,6 +132,12 @@ class TestBoundaryInsideAToken:
             <|im_start|>:41 assistant:5 Ċ:1 Fine:14* <|im_end|>:42* Ċ:1""")
 
 
+def test_space_that_offsets_leave_out_at_the_end_of_an_answer():
+    tokenizer = byte_level(styles.CHATML, trim_offsets=True)
+    row = plain("Hi", "Hello ", tokenizer)
+    assert readable(row, tokenizer) == "Hi:8 Ċ:1 Hello:9* Ġ:3* <|im_end|>:42*"
+
+
 def test_tokenizer_without_offsets():
     tokenizer = _letters()
     (row,) = encode(example(messages=TWO_TURNS), tokenizer, section())

@@ -248,6 +248,21 @@ def test_header_is_not_trained_where_the_generation_prompt_writes_it_with_other_
     assert [text for text, on in preview(row, tokenizer) if on] == ["  Hello<|im_end|>", "  Fine thanks<|im_end|>"]
 
 
+def test_answer_does_not_begin_inside_a_special_token():
+    """Generation prompt and answer part in the middle of a token's name."""
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant<|channel|>' }}{% endif %}"
+    )
+    tokenizer = byte_level.__wrapped__(styles.HARMONY)
+    tokenizer.chat_template = template
+    (row,) = encode(example(messages=ONE_TURN), tokenizer, section())
+    assert readable(row, tokenizer) == (
+        "<|start|>:40 user:4 <|message|>:42 Hi:8 Ġthere:28 <|end|>:43 "
+        "<|start|>:40 assistant:5 <|message|>:42 Hello:9* <|end|>:43*"
+    )
+
+
 def test_train_flags_choose_turns():
     tokenizer = byte_level(styles.CHATML)
     messages = [user("Hi"), assistant("Hello", train=False), user("How"), assistant("Fine"), user("Bye")]
