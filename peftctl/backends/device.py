@@ -98,6 +98,12 @@ def refuse_unlaunched_world() -> None:
         raise UsageError(f"WORLD_SIZE is {world}, but this version trains in one process; start it without a launcher")
 
 
+def start_process() -> None:
+    """Set this process up for a command: threads, and no library that it does not use."""
+    set_threads()
+    leave_deepspeed_out()
+
+
 def leave_deepspeed_out() -> None:
     """Keep accelerate from importing DeepSpeed in a run without it: that takes two seconds and prints log lines.
 

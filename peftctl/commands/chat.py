@@ -134,7 +134,7 @@ def open_session(
     Raises:
         PeftctlError: The target can't be loaded, or its template is not one for single messages.
     """
-    devices.set_threads()
+    devices.start_process()
     artefact = locate(target)
     template = _template(artefact)
     model, tokenizer = load(target, device=devices.current_device())

@@ -57,7 +57,7 @@ def evaluate(
     examples = load_examples(settings.data, settings.train.seed).eval
     if not examples:
         raise UsageError(f"{target}: the recipe names no held-out rows; give data.eval=FILE")
-    devices.set_threads()
+    devices.start_process()
     metrics, samples = _measure(target, settings, examples)
     base = None
     if with_base:

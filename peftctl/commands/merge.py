@@ -20,7 +20,7 @@ PROBE_ROWS = 16
 
 def merge(target: str, output: Path, *, dtype: str | None = None) -> dict[str, Any]:
     """Merge, compare with the unmerged model on held-out rows, and return the figures of the gate."""
-    devices.set_threads()
+    devices.start_process()
     return asdict(fold(target, output, dtype=dtype, rows=_held_out(target)))
 
 

@@ -62,8 +62,7 @@ def train(
     """
     reporter = reporter or Reporter()
     devices.refuse_unlaunched_world()
-    devices.set_threads()
-    devices.leave_deepspeed_out()
+    devices.start_process()
     run = RunDir(recipe.train.output_dir)
     run.check(fresh=fresh, resume=resume)
     ready = prepare(recipe)

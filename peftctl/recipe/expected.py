@@ -134,11 +134,16 @@ def _bound_words(annotation: Any) -> list[str]:
     for part in flat:
         match part:
             case Gt(gt=limit):
-                words.append(f"above {limit}")
+                words.append(f"above {_figure(limit)}")
             case Ge(ge=limit):
-                words.append(f"of at least {limit}")
+                words.append(f"of at least {_figure(limit)}")
             case Lt(lt=limit):
-                words.append(f"below {limit}")
+                words.append(f"below {_figure(limit)}")
             case Le(le=limit):
-                words.append(f"of at most {limit}")
+                words.append(f"of at most {_figure(limit)}")
     return [" and ".join(words)] if words else []
+
+
+def _figure(limit: Any) -> str:
+    """Return 0 for 0.0 too: typing keeps one of two equal annotations, whichever was made first."""
+    return str(int(limit)) if limit == int(limit) else str(limit)

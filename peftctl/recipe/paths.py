@@ -16,6 +16,7 @@ EXTENSIONS = ("json", "jsonl", "csv", "parquet", "arrow", "txt")
 # What a data set folder written by `datasets` holds besides rows.
 _NOT_ROWS = {"dataset_info.json", "state.json", "dataset_dict.json"}
 _OTHER_FILES = {"tsv", "gz", "zip", "xz", "zst", "yaml", "yml", "md", "xml", "xlsx", "html", "pdf", "py", "pkl", "pt"}
+_HUB_PARTS = re.compile(r"[\w.%\[\]:-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _LOOKED_UP = "paths start at the working directory, the recipe's folder or the package's data"
 
@@ -98,7 +99,8 @@ def resolve_data(value: str, recipe_dir: Path) -> list[str] | str:
             return _files_in(path, value)
     if any(character in text for character in "*?["):
         return _matches(text, value, bases)
-    if _HUB_ID.fullmatch(text) and not _names_a_file(text):
+    name, _, parts = text.partition(":")  # `owner/name:split` and `owner/name:config:split`
+    if _HUB_ID.fullmatch(name) and _HUB_PARTS.fullmatch(parts) and not _names_a_file(name):
         return text
     extension = _extension(text)
     if extension and extension not in EXTENSIONS and not _near_sibling(text, bases):

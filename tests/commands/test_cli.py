@@ -152,6 +152,20 @@ def test_merge_then_eval_and_chat_of_the_merged_model(capsys, tmp_path, tiny_dir
     assert run(capsys, "chat", tmp_path / "merged", "--prompt", "answer with 3", "--max-new-tokens", "4")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["train", "merge", "eval"])
+def test_no_library_speaks_in_between(tmp_path, tiny_dir, capsys, name):
+    path = write_recipe(tmp_path, tiny_dir)
+    assert run(capsys, "train", path)[0] == 0
+    arguments = {
+        "train": ["train", path, "--fresh"],
+        "merge": ["merge", tmp_path / "run", "-o", tmp_path / "merged"],
+        "eval": ["eval", tmp_path / "run"],
+    }
+    done = peftctl(*arguments[name])
+    assert done.returncode == 0 and done.stderr == ""
+    assert "accelerator" not in done.stdout
+
+
 def test_export_formats_that_are_not_there_are_refused_in_one_line(capsys, tmp_path, tiny_dir):
     code, _, err = run(capsys, "export", tiny_dir, "--format", "gguf", "--output", tmp_path / "out")
     assert code == 2 and "gguf" in err and len(err.strip().splitlines()) == 1
