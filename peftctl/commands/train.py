@@ -69,6 +69,7 @@ def train(
     with run.lock():
         finished = identity.finished_summary(run) if resume else None
         if finished is not None:
+            identity.refuse_changes(run, ready)
             reporter.notice(f"{run.path}: this run is complete; nothing to do")
             return TrainResult(run.path, _artefact_path(run), finished)
         run.prepare(fresh=fresh, resume=resume)
