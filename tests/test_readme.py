@@ -10,6 +10,7 @@ from peftctl.recipe import schema
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SECTIONS = {
     "model": schema.ModelSection,
+    "quantization": schema.QuantizationSection,
     "data": schema.DataSection,
     "train": schema.TrainSection,
     "eval": schema.EvalSection,

@@ -18,6 +18,7 @@ from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.rundir import RunDir
 from peftctl.backends import device as devices
 from peftctl.commands import identity
+from peftctl.commands.base_model import load_base
 from peftctl.commands.prepare import Prepared, prepare
 from peftctl.console import Reporter
 from peftctl.data.collate import Collator
@@ -25,7 +26,6 @@ from peftctl.errors import RunError
 from peftctl.evaluation.evaluate import evaluate_rows
 from peftctl.methods.base import Context
 from peftctl.models.fingerprint import weights_fingerprint
-from peftctl.models.load import load_model
 from peftctl.recipe.schema import Recipe
 from peftctl.training.report import loss_curve
 from peftctl.training.stages import Trained, Workload, run_stages
@@ -93,7 +93,7 @@ class _Run:
         checkpoint = self._checkpoint()
         identity.write_identity(self.run, self.ready)
         set_seed(self.recipe.train.seed)
-        base = self._load_base()
+        base = load_base(self.ready, self.device)
         before = identity.evaluation_before(self.run) or self._evaluate(base, "before")
         devices.reset_peak_memory()
         model, initial = self._attach(base)
@@ -118,15 +118,6 @@ class _Run:
         self.run.truncate_metrics(step)
         self.reporter.notice(f"resuming after step {step}")
         return checkpoint
-
-    def _load_base(self) -> Any:
-        options = self.method.load_options()
-        return load_model(
-            self.recipe.model,
-            dtype=options.dtype or self.recipe.model.dtype,
-            device=self.device,
-            attn_implementation=options.attn_implementation,
-        )
 
     def _attach(self, base: Any) -> tuple[Any, dict[str, str]]:
         """Apply the method; return the model and a record of what its trainable tensors were."""

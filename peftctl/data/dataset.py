@@ -40,7 +40,7 @@ def load_examples(data: DataSection, seed: int) -> Examples:
     Raises:
         DataError: A file or row is wrong, or there are too few rows to hold one out.
     """
-    train = to_examples(read_rows(data.train), data)
+    train = to_examples(read_rows(data.train or []), data)
     if data.eval is not None:
         return Examples(train, to_examples(read_rows(data.eval), data))
     if data.eval_fraction is None:

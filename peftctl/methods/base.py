@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftctl.data.formats import Example
     from peftctl.models.supervised import Supervised
 
-Feature = Literal["4bit", "zero2", "zero3", "gradient_checkpointing", "packing", "resume"]
+Feature = Literal["4bit", "8bit", "zero2", "zero3", "gradient_checkpointing", "packing", "resume"]
 Gate = Literal["trains", "moved"]
 
 
@@ -28,6 +28,13 @@ class MethodConfig(Section):
 
     name: str
     """The method: the file's name in `peftctl/methods/`."""
+
+
+class AdapterConfig(MethodConfig):
+    """Base of the sections of methods whose result is an adapter that training can go on from."""
+
+    init_from: str | None = None
+    """A finished run or adapter of the same method and shape: training goes on from its weights."""
 
 
 @dataclass(frozen=True)

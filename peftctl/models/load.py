@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftctl.errors import ArtifactError, RunError, UsageError
 from peftctl.models.aliases import ALIASES, resolve
-from peftctl.recipe.schema import ModelSection
+from peftctl.recipe.schema import ModelSection, QuantizationSection
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    quantization: QuantizationSection | None = None,
 ) -> PreTrainedModel:
     """Return the model with its weights, in evaluation mode.
 
@@ -93,6 +94,7 @@ def load_model(
         dtype: Of the weights; None takes the section's.
         device: Where to put it; None leaves it on the CPU.
         attn_implementation: Attention kernel; None takes the section's, else the library's choice.
+        quantization: How the weights are stored; None leaves them as they are.
 
     Raises:
         UsageError: No such model, or not one that can be loaded as asked.

@@ -47,7 +47,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], methods: Mapping[str
         methods: Method name -> its schema.
 
     Returns:
-        The recipe. `data.train` and `data.eval` hold absolute paths or a hub id; a local model's path is absolute.
+        The recipe. The files of `data:` are absolute paths or a hub id; local models and adapters are absolute too.
 
     Raises:
         RecipeError: All problems at once, by position.
@@ -114,6 +114,8 @@ class _Draft:
         resolved = self._resolve_paths()
         nodes.raise_findings(self.findings)
         for section, update in resolved.items():
+            if not update:  # a section that the recipe leaves out has nothing to resolve
+                continue
             self.parts[section] = self.parts[section].model_copy(update=update)
         return Recipe.model_validate(self.parts)
 
@@ -214,33 +216,56 @@ class _Draft:
 
     def _resolve_paths(self) -> dict[str, dict[str, Any]]:
         """Return the resolved values to put in place, by section."""
-        resolved: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
+        resolved: dict[str, dict[str, Any]] = {"data": {}, "model": {}, "method": {}, "backend": {}}
         if "train.output_dir" in self.values:
             self._try(("train", "output_dir"), paths.check_output_dir, self.values["train.output_dir"])
-        if "model.name_or_path" in self.values:
-            value = self.values["model.name_or_path"]
-            name = self._try(("model", "name_or_path"), paths.resolve_model, value, self.folder)
-            resolved["model"]["name_or_path"] = name
-        files = {key: self._files(key) for key in ("train", "eval") if self.values.get(f"data.{key}") is not None}
-        for key, found in files.items():
-            names = [name for name, _ in found]
-            resolved["data"][key] = names[0] if len(names) == 1 else names
-        trained_on = {os.path.realpath(name) for name, _ in files.get("train", ()) if os.path.isabs(name)}
+        for section, key, resolve in (
+            ("model", "name_or_path", paths.resolve_model),
+            ("method", "init_from", paths.resolve_adapter),
+            ("backend", "config", paths.resolve_config),
+        ):
+            value = self.values.get(f"{section}.{key}")
+            if value is not None:
+                resolved[section][key] = self._try((section, key), resolve, value, self.folder)
+        if adapters := self.values.get("model.adapters"):
+            resolved["model"]["adapters"] = [
+                self._try(("model", "adapters", i), paths.resolve_adapter, value, self.folder)
+                for i, value in enumerate(adapters)
+            ]
+        resolved["data"] |= self._resolve_data()
+        return resolved
+
+    def _resolve_data(self) -> dict[str, Any]:
+        """Return `train`, `sources` and `eval` with absolute files, and report held-out files that are trained on."""
+        resolved: dict[str, Any] = {}
+        files = {}
+        for key in ("train", "eval"):
+            if self.values.get(f"data.{key}") is not None:
+                files[key] = self._files(("data", key), self.values[f"data.{key}"])
+                resolved[key] = _one_or_all(files[key])
+        trained = files.get("train", [])
+        if self.values.get("data.sources") is not None and "data" in self.parts:
+            resolved["sources"] = []
+            for i, source in enumerate(self.parts["data"].sources):  # type: ignore[attr-defined]
+                found = self._files(("data", "sources", i, "path"), source.path)
+                resolved["sources"].append(source.model_copy(update={"path": _one_or_all(found)}))
+                trained = trained + found
+        trained_on = {os.path.realpath(name) for name, _ in trained if os.path.isabs(name)}
         for name, place in files.get("eval", ()):
             if os.path.realpath(name) in trained_on:
                 message = f"data.eval: {os.path.basename(name)} is a training file too"
                 self._report(place, message, "hold out other rows, or use data.eval_fraction")
         return resolved
 
-    def _files(self, key: str) -> list[tuple[str, Place]]:
-        """Return the files of `data.train` or `data.eval` (or one hub id), each with the place of its entry."""
-        value = self.values[f"data.{key}"]
+    def _files(self, key: nodes.Path, value: str | list[str]) -> list[tuple[str, Place]]:
+        """Return the files of a key of `data:` (or one hub id), each with the place of its entry."""
         entries = value if isinstance(value, list) else [value]
         if not entries:
-            self._report(self._value_place(("data", key)), f"data.{key}: expected at least one file, got an empty list")
+            message = f"{problems.dotted(key)}: expected at least one file, got an empty list"
+            self._report(self._value_place(key), message)
         found: list[tuple[str, Place]] = []
         for index, entry in enumerate(entries):
-            path: nodes.Path = ("data", key, index) if isinstance(value, list) else ("data", key)
+            path: nodes.Path = (*key, index) if isinstance(value, list) else key
             place = self._value_place(path)
             resolved = self._try(path, paths.resolve_data, entry, self.folder)
             if isinstance(resolved, str) and len(entries) > 1:
@@ -263,6 +288,11 @@ class _Draft:
 
     def _report(self, place: Place, message: str, hint: str = "") -> None:
         self.findings.append(Finding(place, message, hint))
+
+
+def _one_or_all(found: list[tuple[str, Place]]) -> str | list[str]:
+    names = [name for name, _ in found]
+    return names[0] if len(names) == 1 else names
 
 
 def _may_be_section(node: nodes.Node | None) -> bool:

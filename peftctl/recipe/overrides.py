@@ -11,6 +11,7 @@ from peftctl.recipe.nodes import BROKEN, Entry, Finding, Node, Path, Place, Scal
 
 # Two keys that answer one question: both in the recipe is an error; one on the command line displaces the file's other.
 RIVALS = (
+    (("data", "train"), ("data", "sources")),
     (("data", "eval"), ("data", "eval_fraction")),
     (("train", "epochs"), ("train", "max_steps")),
     (("train", "warmup_ratio"), ("train", "warmup_steps")),

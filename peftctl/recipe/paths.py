@@ -131,6 +131,36 @@ def resolve_model(value: str, recipe_dir: Path) -> str:
     return text
 
 
+def resolve_adapter(value: str, recipe_dir: Path) -> str:
+    """Resolve an entry of `model.adapters`, or `method.init_from`: a local run or adapter directory becomes absolute.
+
+    Raises:
+        Unresolved: There is no such directory, and the text is no hub id.
+    """
+    text = os.path.expanduser(value.strip())
+    bases = _bases(recipe_dir)[:2]
+    for path in (_join(base, text) for base in bases if text):
+        if os.path.isdir(path):
+            return path
+    if not _HUB_ID.fullmatch(text) or os.path.isdir(os.path.dirname(_join(bases[0], text))):
+        near = _near_sibling(text, bases) if text else ""
+        raise Unresolved(f"no such run or adapter: '{value}'", near or "give a directory or a hub id like org/name")
+    return text
+
+
+def resolve_config(value: str, recipe_dir: Path) -> str:
+    """Resolve `backend.config` to an absolute path.
+
+    Raises:
+        Unresolved: There is no such file.
+    """
+    bases = _bases(recipe_dir)
+    for path in (_join(base, os.path.expanduser(value.strip())) for base in bases):
+        if os.path.isfile(path):
+            return path
+    raise Unresolved(f"no such file: '{value}'", _near_sibling(value, bases) or _LOOKED_UP)
+
+
 def check_output_dir(value: str) -> None:
     """Check that a run directory can be made there.
 

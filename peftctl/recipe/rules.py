@@ -55,11 +55,12 @@ def conflicts(view: View) -> Iterator[Finding]:
     yield from _format_and_task(view)
     yield from _columns(view)
     yield from _pattern(view)
+    yield from _training_rows(view)
+    yield from _quantization(view)
+    yield from _backend(view)
+    yield from _held_out(view)
     if view.values.get("data.packing"):
         yield Finding(view.at("data.packing"), "data.packing: packing is not in this version", "set it to false")
-    if "train.eval_steps" in view.explicit and not view.explicit & {"data.eval", "data.eval_fraction"}:
-        message = "train.eval_steps: there are no held-out rows to measure"
-        yield Finding(view.at("train.eval_steps"), message, "set data.eval or data.eval_fraction, or remove it")
 
 
 def unread_by_method(view: View, method: str, unread: frozenset[str]) -> Iterator[Finding]:
@@ -75,6 +76,55 @@ def _rivals(view: View) -> Iterator[Finding]:
         if view.explicit.issuperset(pair):
             earlier, later = sorted(pair, key=lambda key: view.at(key).order)
             yield Finding(view.at(later), f"{later}: contradicts {earlier}, which is set too", "keep one of the two")
+
+
+def _training_rows(view: View) -> Iterator[Finding]:
+    keys = ("data.train", "data.sources")
+    if all(key in view.values and view.values[key] is None for key in keys):
+        yield Finding(view.at(*keys), "data.train: required key is missing", "add it under `data:`, or data.sources")
+    if view.values.get("data.sources") == []:
+        yield Finding(view.at("data.sources"), "data.sources: expected at least one source, got an empty list")
+
+
+def _quantization(view: View) -> Iterator[Finding]:
+    if "quantization.bits" not in view.values:
+        return
+    bits = view.values["quantization.bits"]
+    for key in ("type", "double_quant", "compute_dtype"):
+        name = f"quantization.{key}"
+        value = view.values.get(name)
+        if value is None:
+            continue
+        if bits is None:
+            yield Finding(view.at(name), f"{name}: nothing is quantised without quantization.bits", "set it to 4 or 8")
+        elif key == "type" and (value == "int8") != (bits == 8):
+            fitting = "int8" if bits == 8 else "nf4 or fp4"
+            yield Finding(view.at(name), f"{name}: {value} has not {bits} bits", f"use {fitting}, or change bits")
+        elif key != "type" and bits == 8:
+            yield Finding(view.at(name), f"{name}: only 4-bit weights read it", "remove it")
+
+
+def _backend(view: View) -> Iterator[Finding]:
+    name, config = view.values.get("backend.name"), view.values.get("backend.config")
+    if name == "single" and config is not None:
+        yield Finding(
+            view.at("backend.config"), "backend.config: only deepspeed reads it", "set backend.name: deepspeed"
+        )
+    if name == "deepspeed" and config is None and "backend.config" in view.values:
+        hint = "add config: configs/deepspeed/zero2.json under `backend:`"
+        yield Finding(view.at("backend.name"), "backend.config: deepspeed needs a configuration file", hint)
+
+
+def _held_out(view: View) -> Iterator[Finding]:
+    """Yield what asks for held-out losses where none are measured."""
+    measured = view.explicit & {"data.eval", "data.eval_fraction"}
+    if "train.eval_steps" in view.explicit and not measured:
+        message = "train.eval_steps: there are no held-out rows to measure"
+        yield Finding(view.at("train.eval_steps"), message, "set data.eval or data.eval_fraction, or remove it")
+    for key in ("train.load_best", "train.early_stopping"):
+        if view.values.get(key) and not (measured and view.values.get("train.eval_steps")):
+            message = f"{key}: needs held-out losses during training"
+            yield Finding(view.at(key), message, "set data.eval (or data.eval_fraction) and train.eval_steps")
 
 
 def _unread_by_format(view: View) -> Iterator[Finding]:

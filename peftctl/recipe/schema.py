@@ -47,13 +47,45 @@ class ModelSection(Section):
     """Run Python code that comes with the model."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel; left out, peftctl chooses by device and row length."""
+    adapters: list[str] = []
+    """Finished runs or adapters of this model, merged into it, in this order, before the method is attached."""
+    add_tokens: list[str] = []
+    """New tokens, each then one id; their embedding rows train and are saved with the adapter."""
+
+
+class QuantizationSection(Section):
+    """How the frozen base weights are stored."""
+
+    bits: Literal[4, 8] | None = None
+    """Bits a weight; left out, weights keep `model.dtype`."""
+    type: Literal["nf4", "fp4", "int8"] | None = None
+    """Number format: nf4 or fp4 for 4 bits, int8 for 8; left out, nf4 or int8."""
+    double_quant: bool | None = None
+    """Quantise the scales of 4-bit blocks too; left out, true for 4 bits."""
+    compute_dtype: DType | None = None
+    """Type that 4-bit weights are multiplied in; left out, `model.dtype`."""
+
+
+class Source(Section):
+    """One of several sources of training rows."""
+
+    path: str | list[str]
+    """File(s), glob, directory or hub id."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often an epoch sees each of its rows: 2 twice; 0.25 a quarter of them, drawn by the seed."""
+    format: Format | None = None
+    """How its rows are laid out; left out, `data.format`."""
+    columns: dict[str, str] | None = None
+    """Our field name -> the name in its files; left out, `data.columns`."""
 
 
 class DataSection(Section):
     """Rows, their format, and what of them is trained on."""
 
-    train: str | list[str]
-    """File(s), glob, directory or hub id: json, jsonl, csv, parquet, arrow, txt."""
+    train: str | list[str] | None = None
+    """File(s), glob, directory or hub id: json, jsonl, csv, parquet, arrow, txt. This or `sources` is required."""
+    sources: list[Source] | None = None
+    """Several sources with weights, e.g. [{path: new.jsonl}, {path: old.jsonl, weight: 0.25}]."""
     eval: str | list[str] | None = None
     """Held-out rows, in the same format."""
     eval_fraction: OpenShare | None = None
@@ -117,13 +149,23 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers that get the metrics too."""
+    neftune_noise: Rate = 0.0
+    """NEFTune's alpha: uniform noise of size alpha / sqrt(seq * d) on the input embeddings, in training only."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over the vocabulary, in training only."""
+    load_best: bool = False
+    """Give back the weights of the checkpoint with the lowest held-out loss instead of the last ones."""
+    early_stopping: Positive | None = None
+    """End after so many held-out losses (see `eval_steps`) in a row without a new lowest one."""
 
 
 class BackendSection(Section):
     """Where the run happens."""
 
-    name: Literal["single"] = "single"
-    """One process on one device."""
+    name: Literal["single", "deepspeed"] = "single"
+    """`single` is one process on one device; `deepspeed` shards by the file in `config`."""
+    config: str | None = None
+    """A DeepSpeed configuration, e.g. configs/deepspeed/zero2.json."""
 
 
 class EvalSection(Section):
@@ -145,6 +187,7 @@ class Recipe(Section):
     """One run: model, method, data and training."""
 
     model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
     method: SerializeAsAny[Any]
     data: DataSection
     train: TrainSection
@@ -154,18 +197,7 @@ class Recipe(Section):
 
 # Keys of the recipe language that this version can't honour yet: refused by name rather than as typing errors.
 NOT_YET = {
-    "quantization": "quantised bases",
-    "model.adapters": "merging finished adapters first",
-    "model.add_tokens": "new tokens",
-    "method.init_from": "continuing from an adapter",
-    "method.modules_to_save": "extra trained modules",
-    "data.sources": "weighted sources",
     "data.streaming": "streaming",
     "train.max_tokens_per_batch": "token-budget batches",
-    "train.neftune_noise": "NEFTune noise",
-    "train.label_smoothing": "label smoothing",
-    "train.load_best": "best-model selection",
-    "train.early_stopping": "early stopping",
     "train.on_nan": "a NaN policy other than stopping",
-    "backend.config": "DeepSpeed",
 }
