@@ -16,13 +16,18 @@ from typing import Annotated, Any
 import typer
 
 from peftctl import __version__, console
+from peftctl.commands.completion import method_names, recipe_names
 from peftctl.errors import PeftctlError, UsageError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 recipes_app = typer.Typer(help="List, show and copy the recipes that come with peftctl; print their schema.")
 app.add_typer(recipes_app, name="recipes")
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+RecipePath = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", autocompletion=recipe_names),
+]
+ShippedName = Annotated[str, typer.Argument(autocompletion=recipe_names)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe, e.g. train.learning_rate=1e-4; null unsets."),
@@ -99,23 +104,24 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says."""
-    from peftctl.commands.recipes import load_recipe
+    from peftctl.commands.recipes import load_recipe, placed
 
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other")
     loaded = load_recipe(recipe, overrides or ())
-    if dry_run:
-        from peftctl.commands import check as checking
+    with placed(recipe, overrides or ()):
+        if dry_run:
+            from peftctl.commands import check as checking
 
-        report = checking.check(loaded, preview_rows=0)
-        if not _emit(report.to_dict(), as_json):
-            console.show_check(report, with_recipe=True)
-        return
-    from peftctl.commands.train import train as start
+            report = checking.check(loaded, preview_rows=0)
+            if not _emit(report.to_dict(), as_json):
+                console.show_check(report, with_recipe=True)
+            return
+        from peftctl.commands.train import train as start
 
-    result = start(loaded, resume=resume, fresh=fresh, reporter=console.ConsoleReporter())
-    if not _emit(dict(result.summary), as_json):
-        console.show_summary(result)
+        result = start(loaded, resume=resume, fresh=fresh, reporter=console.ConsoleReporter())
+        if not _emit(dict(result.summary), as_json):
+            console.show_summary(result)
 
 
 @app.command()
@@ -125,13 +131,16 @@ def check(
     rows: Annotated[int, typer.Option(help="Rows to show with trained tokens marked.")] = 3,
     device: Annotated[str | None, typer.Option(help="Plan memory for this device: cpu or cuda.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of that device, e.g. 24GB.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Plan for so many processes training together.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe, its data and its memory before anything is trained."""
     from peftctl.commands import check as checking
-    from peftctl.commands.recipes import load_recipe
+    from peftctl.commands.recipes import load_recipe, placed
 
-    report = checking.check(load_recipe(recipe, overrides or ()), preview_rows=rows, device=device, memory=memory)
+    loaded = load_recipe(recipe, overrides or ())
+    with placed(recipe, overrides or ()):
+        report = checking.check(loaded, preview_rows=rows, device=device, memory=memory, processes=processes)
     if not _emit(report.to_dict(), as_json):
         console.show_check(report, with_recipe=False)
     if report.fits is False:
@@ -144,23 +153,24 @@ def evaluate(
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Take data and metrics from here.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the base model beside it.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks of lm-eval, or task files, with commas.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run, an adapter, a merged or a plain model on held-out rows."""
+    """Measure a run, an adapter, a merged or a plain model on held-out rows, or on benchmarks."""
+    if tasks is not None:
+        from peftctl.commands.tasks import evaluate_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        measured = evaluate_tasks(target, names, overrides or (), recipe=recipe, with_base=base)
+        if not _emit({"target": target, "tasks": measured.tasks, "base": measured.base}, as_json):
+            console.show_tasks(measured)
+        return
     from peftctl.commands import evaluate as evaluating
 
     result = evaluating.evaluate(target, overrides or (), recipe=recipe, with_base=base)
     content = {"target": target, "metrics": dict(result.metrics), "base": result.base, "samples": list(result.samples)}
-    if _emit(content, as_json):
-        return
-    columns = ["metric", *(["base"] if result.base else []), "tuned" if result.base else target]
-    rows = [
-        [name, *([console.figure(result.base[name])] if result.base else []), console.figure(value)]
-        for name, value in result.metrics.items()
-    ]
-    console.show_table("", columns, rows)
-    if result.file:
-        console.out.print(f"written to {result.file}", markup=False)
+    if not _emit(content, as_json):
+        console.show_evaluation(result)
 
 
 @app.command()
@@ -170,12 +180,10 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out, the base's own.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base, and prove that the answers stay the same."""
+    """Fold an adapter, or several of one base in order, into the base, and prove that the answers stay the same."""
     from peftctl.commands import merge as merging
 
-    if len(targets) > 1:
-        raise UsageError("merging several adapters is not in this version; give one TARGET")
-    result = merging.merge(targets[0], output, dtype=dtype)
+    result = merging.merge(targets, output, dtype=dtype)
     if not _emit(result, as_json):
         console.show_merge(result)
 
@@ -184,95 +192,83 @@ def merge(
 def export(
     target: Target,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the files go.")],
-    format: Annotated[str, typer.Option("--format", help="hf (ollama, gguf and vllm are not in this version).")] = "hf",
+    format: Annotated[str, typer.Option("--format", help="hf or ollama.")] = "hf",
+    merged: Annotated[bool | None, typer.Option(help="Fold an adapter into its base; ollama does by default.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that --push makes is public.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Copy an artefact, checked, to where it is to be used."""
-    from peftctl.artifacts.export import export as write
+    """Write an artefact, checked, as other programs load it."""
+    from peftctl.commands import export as exporting
 
-    console.out.print(f"written to {write(target, format, output)}", markup=False)
+    if public and push is None:
+        raise UsageError("--public has an effect with --push OWNER/NAME only")
+    result = exporting.export(target, output, format=format, merged=merged, repository=push, private=not public)
+    if not _emit(result, as_json):
+        console.show_export(result)
 
 
 @app.command()
 def chat(
-    target: Target,
+    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="A run, adapter or model, or adapters.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer may have.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
 ) -> None:
-    """Talk to a run, an adapter or a model. /reset forgets the conversation, /quit leaves."""
+    """Talk to a run, an adapter or a model. /use NAME switches between adapters, /reset forgets, /quit leaves."""
     from peftctl.commands import chat as chatting
 
-    session = chatting.open_session(target, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
+    session = chatting.open_session(targets, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if prompt is not None:
-        for piece in session.stream(prompt):
-            write(piece)
-        write("\n")
-        return
-    chatting.repl(session, read=_read_line, write=write)
+        chatting.answer_once(session, prompt, _write)
+    else:
+        chatting.repl(session, read=_read_line, write=_write)
 
 
 @app.command()
 def model(
-    name: Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="Hub id, directory, .gguf file or alias.")],
-    targets: Annotated[str | None, typer.Option(help="Show what this target_modules value selects.")] = None,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Model, recipe, run or adapter.")],
+    overrides: Overrides = None,
+    targets: Annotated[str | None, typer.Option(help="Mark what this target_modules value selects.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="r to count LoRA parameters for.")] = 8,
+    against: Annotated[str | None, typer.Option(help="Show how weights moved from this to TARGET.")] = None,
+    nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to show for each of a soft prompt.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's modules, shapes and counts without loading its weights."""
+    """Show a model's tree, what a recipe or an adapter trains, a soft prompt's nearest tokens, or what moved."""
     from peftctl.commands import model as modelling
 
-    report = modelling.describe(name, targets)
-    if _emit(report, as_json):
-        return
-    rows = [
-        [m["name"], m["type"], m["shape"], console.figure(m["parameters"]), m["selected"]] for m in report["modules"]
-    ]
-    console.show_table(
-        f"{report['architecture']}: {report['parameters']:,} parameters",
-        ["module", "type", "shape", "parameters", ""],
-        rows,
-    )
+    report = modelling.inspect(target, overrides or (), targets=targets, rank=rank, against=against, nearest=nearest)
+    if not _emit(report.content, as_json):
+        console.show_tables(report.tables, report.notes)
 
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Explain this one.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="Explain this one.", autocompletion=method_names)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the methods, or explain one."""
     from peftctl.commands import methods as listing
 
-    if name is None:
-        cards = listing.describe_all()
-        rows = [[c["name"], c["category"], c["trains"], "yes" if c["mergeable"] else "no", c["paper"]] for c in cards]
-        if not _emit(cards, as_json):
-            console.show_table("", ["method", "category", "trains", "merges", "paper"], rows)
-        return
-    card = listing.describe(name)
-    if _emit(card, as_json):
-        return
-    keys = card.pop("keys")
-    console.show_table(card.pop("title"), ["", ""], [[k, _plain(v)] for k, v in card.items() if v not in ("", [], {})])
-    console.show_table(
-        "keys of its method: section", ["key", "default", "meaning"],
-        [[k, str(v["default"]), v["description"] or ""] for k, v in keys.items()],
-    )  # fmt: skip
+    content = listing.describe_all() if name is None else listing.describe(name)
+    if not _emit(content, as_json):
+        console.show_methods(content) if isinstance(content, list) else console.show_method(content)
 
 
 @recipes_app.command("list")
-def recipes_list() -> None:
+def recipes_list(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
     from peftctl.commands import recipes
 
-    console.show_table("", ["recipe", "what it is"], [[r.name, r.title] for r in recipes.shipped()])
+    found = recipes.shipped()
+    if not _emit([{"name": r.name, "title": r.title, "model": r.model, "path": str(r.path)} for r in found], as_json):
+        console.show_table("", ["recipe", "what it is", "model"], [[r.name, r.title, r.model] for r in found])
 
 
 @recipes_app.command("show")
-def recipes_show(name: str) -> None:
+def recipes_show(name: ShippedName) -> None:
     """Print a shipped recipe."""
     from peftctl.commands import recipes
 
@@ -280,7 +276,7 @@ def recipes_show(name: str) -> None:
 
 
 @recipes_app.command("copy")
-def recipes_copy(name: str, path: Path) -> None:
+def recipes_copy(name: ShippedName, path: Path) -> None:
     """Copy a shipped recipe, to change it."""
     from peftctl.commands import recipes
 
@@ -302,8 +298,9 @@ def _emit(content: Any, as_json: bool) -> bool:
     return as_json
 
 
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _read_line() -> str | None:

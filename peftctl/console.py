@@ -13,6 +13,8 @@ from rich.text import Text
 
 # Share of an update that rounding may take before the user is told.
 LOST_NOTICE = 0.5
+# Characters a line of a table that does not go to a terminal: other programs read it.
+PIPED_WIDTH = 10_000
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -25,16 +27,25 @@ def fail(message: str) -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns that hold only figures are aligned on the right."""
-    table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
-        header_style="bold", show_header=any(columns),
-    )  # fmt: skip
+    if title:
+        out.print(title, style="bold", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
     for i, column in enumerate(columns):
-        figures = all(row[i][:1].isdigit() or row[i] in ("", "nan") for row in rows)
+        figures = all(row[i].removeprefix("-")[:1].isdigit() or row[i] in ("", "nan") for row in rows)
         table.add_column(column, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    out.print(table)
+    # In a pipe no line is folded.
+    console = out if out.is_terminal else Console(file=out.file, highlight=False, width=PIPED_WIDTH)
+    console.print(table)
+
+
+def show_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], notes: Sequence[str]) -> None:
+    """Print tables, each a (title, columns, rows), and lines below them."""
+    for table in tables:
+        show_table(*table)
+    for line in notes:
+        out.print(line, markup=False)
 
 
 def coloured(pieces: Sequence[tuple[str, bool]]) -> Text:
@@ -136,9 +147,17 @@ def show_summary(result: Any) -> None:
             f"{summary['steps']} steps, {summary['train_tokens']:,} tokens, "
             f"{summary['supervised_tokens']:,} of them trained on, "
             f"in {duration(summary['train_seconds'])}: {summary['tokens_per_second']:,.0f} tokens/s, "
-            f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"peak memory {_memory(summary['peak_memory_bytes'], summary.get('predicted_memory_bytes'))}"
         )
     out.print(f"result: {result.artefact}", markup=False)
+
+
+def _memory(measured: int, predicted: int | None) -> str:
+    """Return a measured peak beside the predicted one, and the prediction's error."""
+    text = f"{measured / 2**30:.2f} GiB"
+    if predicted is None:
+        return text
+    return f"{text} (predicted {predicted / 2**30:.2f} GiB, {predicted / measured - 1:+.0%})"
 
 
 def show_merge(result: Mapping[str, Any]) -> None:
@@ -149,6 +168,10 @@ def show_merge(result: Mapping[str, Any]) -> None:
         ["same first choice", f"{result['top1_agreement']:.2%} of {result['positions']:,} positions"],
         [f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"],
     ]
+    if result["drift"]:
+        drift = result["drift"]
+        agreed = f"mean KL {figure(drift['kl'])}, same first choice {drift['top1_agreement']:.2%}"
+        rows.append(["drift from the quantised run", agreed])
     show_table(f"merged {result['layers']} layers into {result['output']}", ["", ""], rows)
     if result["lost"] > LOST_NOTICE:
         out.print(
@@ -168,6 +191,55 @@ def show_check(report: Any, *, with_recipe: bool) -> None:
         out.print(coloured(pieces))
     for line in report.notices:
         out.print(f"notice: {line}", markup=False)
-    if report.fits is False:
-        fail("the plan does not fit the memory; lower train.batch_size or data.max_length, or set "
-                     "train.gradient_checkpointing=true")  # fmt: skip
+    if report.verdict:
+        fail("\n".join(report.verdict))
+
+
+def show_evaluation(result: Any) -> None:
+    """Show a `commands.evaluate.Evaluation`."""
+    columns = ["metric", *(["base"] if result.base else []), "tuned" if result.base else result.target]
+    rows = [
+        [name, *([figure(result.base[name])] if result.base else []), figure(value)]
+        for name, value in result.metrics.items()
+    ]
+    show_table("", columns, rows)
+    if result.file:
+        out.print(f"written to {result.file}", markup=False)
+
+
+def show_tasks(result: Any) -> None:
+    """Show a `commands.tasks.TaskEvaluation`."""
+    columns = ["task", "metric", *(["base"] if result.base else []), "tuned" if result.base else result.target]
+    rows = [
+        [task, name, *([figure(result.base[task][name])] if result.base else []), figure(value)]
+        for task, metrics in result.tasks.items()
+        for name, value in metrics.items()
+    ]
+    show_table("", columns, rows)
+    if result.file:
+        out.print(f"written to {result.file}", markup=False)
+
+
+def show_export(result: Mapping[str, Any]) -> None:
+    """Show what `commands.export` wrote."""
+    for line in result["notices"]:
+        out.print(f"notice: {line}", markup=False)
+    template = f", template {result['template']}" if result["template"] else ""
+    out.print(f"written to {result['output']} ({result['content']}{template})", markup=False)
+    if result["pushed"]:
+        out.print(f"uploaded to {result['pushed']}", markup=False)
+
+
+def show_methods(cards: Sequence[Mapping[str, Any]]) -> None:
+    """Show one line for each method's card."""
+    rows = [[c["name"], c["category"], c["trains"], "yes" if c["mergeable"] else "no", c["paper"]] for c in cards]
+    show_table("", ["method", "category", "trains", "merges", "paper"], rows)
+
+
+def show_method(card: Mapping[str, Any]) -> None:
+    """Show one method's card and the keys of its section."""
+    facts = {key: value for key, value in card.items() if key not in ("title", "keys") and value not in ("", [], {})}
+    plain = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in facts.items()}
+    show_table(card["title"], ["", ""], [[key, value] for key, value in plain.items()])
+    keys = [[key, str(entry["default"]), entry["description"] or ""] for key, entry in card["keys"].items()]
+    show_table("keys of its method: section", ["key", "default", "meaning"], keys)

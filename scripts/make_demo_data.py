@@ -18,7 +18,8 @@ from typing import Any
 
 from demo_data.phrasings import INTENTS, TAGS
 from demo_data.pools import Split
-from demo_data.requests import Request, make_request, sentence
+from demo_data.requests import Request, make_request, note, sentence
+from demo_data.tasks import alpaca_row, belle_row, preference_row
 
 SEED = 20260101
 HOME = Path(__file__).resolve().parent.parent / "recipes" / "data"
@@ -67,9 +68,7 @@ def slots_row(request: Request) -> Row:
 
 def rewrite_row(request: Request) -> Row:
     """Return a terse note of a request and the sentence it stands for."""
-    leaves = [(name, value.leaf) for name, value in sorted(request.said.items())]
-    parts = [f"{name} {' + '.join(leaf) if isinstance(leaf, list) else leaf}" for name, leaf in leaves]
-    return {"prompt": "; ".join([request.intent.call, *parts]), "completion": sentence(request)}
+    return {"prompt": note(request), "completion": sentence(request)}
 
 
 SETS: dict[str, tuple[Callable[[Request], Row], int, int]] = {
@@ -77,6 +76,9 @@ SETS: dict[str, tuple[Callable[[Request], Row], int, int]] = {
     "intents": (intent_row, 490, 140),
     "slots": (slots_row, 350, 105),
     "rewrite": (rewrite_row, 490, 105),
+    "alpaca": (alpaca_row, 210, 35),
+    "belle": (belle_row, 210, 35),
+    "preferences": (preference_row, 210, 35),
 }
 
 

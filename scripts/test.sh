@@ -20,7 +20,9 @@ check_wheel() {
         cd "$scratch/empty"
         export PYTHONPATH="$scratch/site"
         "$python" -c "import peftctl; assert peftctl.__file__.startswith('$scratch/site'), peftctl.__file__"
-        "$python" -m peftctl train recipes/lora.yaml --dry-run
+        "$python" -m peftctl recipes copy lora my.yaml
+        "$python" -m peftctl recipes schema > schema.json
+        "$python" -m peftctl train my.yaml --dry-run
     )
 }
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "recipes" / "data"
 SETS = ("requests", "intents", "slots", "rewrite")
+INSTRUCTIONS = ("alpaca", "belle", "preferences")
 
 
 def rows(name: str, split: str) -> list[dict]:
@@ -172,3 +173,34 @@ def test_the_sentence_of_a_note_keeps_its_values():
         for name, value in re.findall(r"(?:^|; )(\w+) ([^;]+)", row["prompt"]):
             if name not in {"date", "not", "with"}:
                 assert value in row["completion"], row
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions_differ_and_have_answers(name):
+    train, asked = rows(name, "train"), rows(name, "eval")
+    texts = [json.dumps({key: value for key, value in row.items() if key != "id"}) for row in train + asked]
+    assert len(set(texts)) == len(texts) >= 240
+    optional = {"input"} if name == "alpaca" else set()
+    assert all(value.strip() for row in train + asked for key, value in row.items() if key not in optional)
+    assert not re.search(r"[\[\]{}]", "".join(text[1:-1] for text in texts)), "a template was not filled in"
+
+
+def test_instruction_sets_have_the_fields_of_the_sets_that_they_stand_for():
+    for split in ("train", "eval"):
+        assert all(list(row) == ["instruction", "input", "output"] for row in rows("alpaca", split))
+        assert 0 < sum(not row["input"] for row in rows("alpaca", split)) < len(rows("alpaca", split)) / 2
+        assert all(list(row) == ["id", "input", "target"] for row in rows("belle", split))
+        for row in rows("preferences", split):
+            assert list(row) == ["prompt", "chosen", "rejected"]
+            assert row["prompt"].startswith("\n\nHuman: ") and row["prompt"].endswith("\n\nAssistant:")
+            assert row["chosen"].startswith(" ") and row["chosen"] != row["rejected"]
+    ids = [row["id"] for split in ("train", "eval") for row in rows("belle", split)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_chosen_answer_speaks_of_the_request_and_a_rejected_one_does_not_do_it(generator):
+    for request, row in zip(generator.requests("preferences", "train", 210), rows("preferences", "train"), strict=True):
+        told = [value.plain for name, value in request.said.items() if name != "not"]
+        assert all(value.lower() in row["chosen"].lower() for value in told), row
+        own = row["rejected"].replace(request.text, "")
+        assert not any(value.lower() in own.lower() for value in told if len(value) > 2), row

@@ -63,6 +63,48 @@ def tiny_opt(seed: int = 0):
     return OPTForCausalLM(config).eval()
 
 
+def tiny_bloom(seed: int = 0):
+    """BLOOM-like, 2 layers, d 32: query, key and value in one layer, ALiBi, no positions."""
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(seed)
+    config = BloomConfig(
+        vocab_size=400, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=2, pad_token_id=3,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return BloomForCausalLM(config).eval()
+
+
+def tiny_t5(seed: int = 0):
+    """T5-like (v1.1), 2 + 2 layers, d 32: gated GELU, relative positions, tied; the decoder starts from padding."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=True,
+        eos_token_id=2, pad_token_id=3, decoder_start_token_id=3,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_bart(seed: int = 0):
+    """BART-like, 2 + 2 layers, d 32: biases, 64 learned positions on either side; the decoder starts from EOS."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=400, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        dropout=0.0, init_std=0.2, bos_token_id=0, eos_token_id=2, pad_token_id=3, decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
 def save_tiny(path: Path, model=None, template: str | None = CHATML) -> Path:
     """Write a tiny model with its tokenizer in the hub's layout."""
     (tiny_llama() if model is None else model).save_pretrained(path)

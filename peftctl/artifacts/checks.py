@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from peftctl.errors import ArtifactError
+from peftctl.models.supervised import decoder_inputs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -89,6 +90,8 @@ def check_weights(folder: Path, expected: Iterable[str] | None = None) -> None:
 def probe_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the logits of some rows, one forward a row so that no padding takes part.
 
+    An encoder-decoder is asked to write what it reads: any decoder input shows whether two models agree.
+
     Args:
         model: In eval mode.
         rows: Token ids; only the first PROBE_TOKENS of each are taken.
@@ -101,7 +104,10 @@ def probe_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     with torch.inference_mode():
         for row in rows:
             ids = torch.tensor([row[:PROBE_TOKENS]], device=device)
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if model.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = decoder_inputs(model, ids)
+            logits = model(**inputs).logits
             pieces.append(logits.reshape(-1, logits.shape[-1]).float().cpu())
     return torch.cat(pieces)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from peftctl.artifacts.checks import ADAPTER_WEIGHTS, read_keys
 from peftctl.artifacts.dtypes import stored_dtype
 from peftctl.artifacts.locate import ADAPTER_CONFIG, Artefact, fetched, locate
 from peftctl.errors import ArtifactError, UsageError, did_you_mean
-from peftctl.models.fingerprint import weights_fingerprint
-from peftctl.models.load import load_model, load_tokenizer
-from peftctl.recipe.schema import ModelSection
+from peftctl.models.fingerprint import directory_fingerprint, weights_fingerprint
+from peftctl.models.load import language_task, load_model, load_tokenizer
+from peftctl.models.quantize import is_quantized
+from peftctl.models.source import weights_folder
+from peftctl.models.vocabulary import fit_vocabulary
+from peftctl.recipe.schema import ModelSection, QuantizationSection
 
 __all__ = ["Artefact", "load", "locate"]
 
 
 def load(
-    target: str | Path,
+    target: str | Path | Sequence[str | Path],
     *,
     task: str | None = None,
     dtype: str | None = None,
@@ -31,7 +35,7 @@ def load(
     """Load an artefact of any kind, in eval mode.
 
     Args:
-        target: See `locate`.
+        target: See `locate`; several adapters of one base, as a list, come on one model, see `several.load_several`.
         task: Which task of an artefact with several.
         dtype: Of the weights; left out, what an adapter was trained on, and what a model is stored in.
         device: Where to put it; left out, the CPU.
@@ -43,6 +47,11 @@ def load(
         UsageError: There is no such target or task.
         ArtifactError: Files are damaged, or the base is not the one that the adapter was trained on.
     """
+    if not isinstance(target, str | Path):
+        from peftctl.artifacts.several import load_several
+
+        several = load_several(target, task=task, dtype=dtype, device=device)
+        return several.model, several.tokenizer
     artefact = fetched(locate(target))
     tasks = artefact.manifest.get("tasks", [])
     if task is not None and task not in tasks:
@@ -53,6 +62,7 @@ def load(
             task=artefact.manifest.get("task", "causal_lm"),
             **_own_settings(artefact),
         )
+        section = _with_task(section, artefact)
         return load_model(section, dtype=dtype or stored_dtype(section), device=device), load_tokenizer(section)
     model = load_base(artefact, dtype=dtype, device=device)
     return attach(model, artefact), tokenizer_of(artefact)
@@ -73,11 +83,17 @@ def base_section(artefact: Artefact) -> ModelSection:
         revision=record.get("revision"),
         **_own_settings(artefact),
     )
+    section = _with_task(section, artefact)
     return section.model_copy(update={"dtype": record.get("dtype") or stored_dtype(section)})
 
 
 def load_base(
-    artefact: Artefact, *, dtype: str | None = None, device: str | torch.device | None = None, base: str | None = None
+    artefact: Artefact,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    base: str | None = None,
+    quantized: bool = True,
 ) -> Any:
     """Load the base model of an adapter and check that it is the one the adapter was trained on.
 
@@ -86,6 +102,7 @@ def load_base(
         dtype: Of the weights; left out, what the adapter was trained on.
         device: Where to put it.
         base: Where it lies; left out, where the artefact says.
+        quantized: Quantise it where it was quantised in training; False keeps the original weights.
 
     Raises:
         ArtifactError: It is another base.
@@ -93,17 +110,20 @@ def load_base(
     section = base_section(artefact)
     if base is not None:
         section = section.model_copy(update={"name_or_path": base, "revision": None})
+    storage = quantization_of(artefact) if quantized else None
     try:
-        model = load_model(section, dtype=dtype or section.dtype, device=device)
+        model = load_model(section, dtype=dtype or section.dtype, device=device, quantization=storage)
     except UsageError as error:
         raise UsageError(f"{artefact.target}: its base model: {error}") from error
     expected = artefact.manifest.get("base", {}).get("fingerprint")
     if expected is None:
         return model
-    found = weights_fingerprint(model)
+    found = base_fingerprint(section, model)
     if found != expected and dtype not in (None, section.dtype):
         # float32 weights rounded to float16 can have another fingerprint: compare in the type of the record.
         found = weights_fingerprint(load_model(section))
+    if found != expected and quantization_of(artefact):  # that of the files was recorded
+        found = directory_fingerprint(weights_folder(section))
     if found != expected:
         raise ArtifactError(
             f"{artefact.target}: is an adapter of another base: it was trained on {artefact.base} with fingerprint "
@@ -112,8 +132,24 @@ def load_base(
     return model
 
 
-def attach(base: Any, artefact: Artefact) -> Any:
+def base_fingerprint(section: ModelSection, model: Any) -> str:
+    """Return the fingerprint of a base: of its weights, or of its files where the weights in memory are quantised."""
+    return directory_fingerprint(weights_folder(section)) if is_quantized(model) else weights_fingerprint(model)
+
+
+def quantization_of(artefact: Artefact) -> QuantizationSection | None:
+    """Return how the base was quantised while an adapter was trained; None where it was not."""
+    record = artefact.manifest.get("base", {}).get("quantization")
+    return QuantizationSection(**record) if record else None
+
+
+def attach(base: Any, artefact: Artefact, name: str = "default") -> Any:
     """Put an adapter on its base; the base itself where the artefact is only a template.
+
+    Args:
+        base: The base model, or a PeftModel on it that holds adapters under other names.
+        artefact: The adapter.
+        name: What the adapter is called in the model.
 
     Raises:
         ArtifactError: Its files are damaged, or do not fit the base.
@@ -122,17 +158,23 @@ def attach(base: Any, artefact: Artefact) -> Any:
         return base
     from peft import PeftModel, get_peft_model_state_dict
 
+    if not isinstance(base, PeftModel):
+        fit_vocabulary(base, _rows_needed(artefact))
     folder = artefact.folder
     assert folder is not None  # an adapter with weights lies in a directory
     present = read_keys(folder / ADAPTER_WEIGHTS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what peft warns of (missing keys, another base) is checked here
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+            if isinstance(base, PeftModel):
+                base.load_adapter(str(folder), name, is_trainable=False)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, str(folder), name, is_trainable=False)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{artefact.target}: the adapter does not fit {artefact.base}: {reason}") from error
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     wrong = sorted((wanted - present) | (present - wanted - set(model.state_dict())))
     if wrong:
         raise ArtifactError(
@@ -142,12 +184,31 @@ def attach(base: Any, artefact: Artefact) -> Any:
     return model.eval()
 
 
+def _with_task(section: ModelSection, artefact: Artefact) -> ModelSection:
+    """Return the section with what a model without a record of ours does."""
+    return section if "task" in artefact.manifest else section.model_copy(update={"task": language_task(section)})
+
+
 def tokenizer_of(artefact: Artefact) -> Any:
     """Return the tokenizer that lies with an adapter, else that of its base."""
-    folder = artefact.folder
-    if folder is not None and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
-        return load_tokenizer(ModelSection(name_or_path=str(folder)))
+    if _has_tokenizer(artefact):
+        return load_tokenizer(ModelSection(name_or_path=str(artefact.folder)))
     return load_tokenizer(base_section(artefact))
+
+
+def _has_tokenizer(artefact: Artefact) -> bool:
+    folder = artefact.folder
+    return folder is not None and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _rows_needed(artefact: Artefact) -> int:
+    """Return how many rows the base's vocabulary had at least when the adapter was trained: 0 where nothing tells.
+
+    Adapters of other tools do not say it; theirs is as large as the tokenizer beside them.
+    """
+    if artefact.manifest:
+        return int(artefact.manifest.get("config_changes", {}).get("vocab_size", 0))
+    return len(tokenizer_of(artefact)) if _has_tokenizer(artefact) else 0
 
 
 def _own_settings(artefact: Artefact) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from peftctl.artifacts.checks import ADAPTER_WEIGHTS
 from peftctl.artifacts.rundir import RunDir
 from peftctl.errors import UsageError
 from peftctl.models.aliases import ALIASES
-from peftctl.models.load import hub_answers
+from peftctl.models.source import hub_answers
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,7 +69,7 @@ def locate(target: str | Path) -> Artefact:
         ArtifactError: peftctl.json is damaged.
     """
     if not isinstance(target, str | Path):
-        raise UsageError("several targets at once are not in this version; give one")
+        raise UsageError("expected one target here; `load`, and `peftctl chat` and `merge`, take several")
     name, path = str(target), Path(target).expanduser()
     if name in ALIASES or path.suffix == ".gguf":
         return Artefact(name, "hub")
@@ -114,9 +114,12 @@ def _from_directory(name: str, path: Path) -> Artefact:
 def _adapter(name: str, folder: Path) -> Artefact:
     manifest = manifests.read(folder)
     base = manifest.get("base", {}).get("name")
-    if (folder / ADAPTER_CONFIG).is_file():
+    moved = base is not None and base.startswith("/") and not Path(base).exists()
+    own = RunDir(folder.absolute().parent).base  # a run with model.adapters takes its base along
+    if moved and "made_of" in manifest["base"] and _is_model(own):
+        base = str(own)
+    elif (folder / ADAPTER_CONFIG).is_file():
         elsewhere = manifests.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        moved = base is not None and base.startswith("/") and not Path(base).exists()
         base = elsewhere if base is None or moved else base
     return Artefact(name, "adapter", folder, folder, is_adapter=True, manifest=manifest, base=base)
 

@@ -37,13 +37,16 @@ class ArtifactInfo:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build(recipe: Recipe, base_fingerprint: str, chat_template: Any) -> dict[str, Any]:
+def build(
+    recipe: Recipe, base_fingerprint: str, chat_template: Any, config_changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the content of peftctl.json for the result of a run.
 
     Args:
         recipe: The run's recipe.
         base_fingerprint: Of the base model's weights.
         chat_template: The tokenizer's: a string, a mapping of names to strings, or None.
+        config_changes: What the base's configuration must be changed to before the result is attached, by key.
     """
     return {
         "format": FORMAT,
@@ -54,12 +57,23 @@ def build(recipe: Recipe, base_fingerprint: str, chat_template: Any) -> dict[str
             "revision": recipe.model.revision,
             "fingerprint": base_fingerprint,
             "dtype": recipe.model.dtype,
+            "quantization": recipe.quantization.model_dump() if recipe.quantization.bits else None,
+            **_made_of(recipe),
         },
         "task": recipe.model.task,
+        "template": recipe.data.template,
         "template_hash": hashlib.sha256(json.dumps(chat_template).encode()).hexdigest() if chat_template else None,
-        "config_changes": {},
+        "config_changes": dict(config_changes or {}),
         "tasks": [],
     }
+
+
+def _made_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what a base with adapters merged in, which is a run's own base/, was made of."""
+    if not recipe.model.adapters:
+        return {}
+    record = read(Path(recipe.model.name_or_path))
+    return {"made_of": {**record["base"], "adapters": record["adapters"]}}
 
 
 def portable_name(name_or_path: str) -> str:

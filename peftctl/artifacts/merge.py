@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from peftctl.artifacts import parity
 from peftctl.artifacts.checks import check_weights, probe_logits
 from peftctl.artifacts.dtypes import stored_dtype
 from peftctl.artifacts.fold import Loss, fold, round_weights
-from peftctl.artifacts.load import attach, base_section, load_base, tokenizer_of
+from peftctl.artifacts.load import attach, base_section, load_base, quantization_of, tokenizer_of
 from peftctl.artifacts.locate import Artefact, fetched, locate
 from peftctl.artifacts.model_card import render_merged_card
 from peftctl.artifacts.rundir import staged
@@ -43,6 +43,8 @@ class MergeResult:
         folding_error: Relative RMS difference of logits by folding alone, before rounding to `dtype`.
         lost: Share of the update that rounding to `dtype` lost: |(merged - W) - BA| / |BA|, Frobenius, all layers.
         cosine: Between merged - W and BA, all layers.
+        drift: Where training saw a quantised base: how the merged model differs from that base plus the adapter, which
+            is reported and not gated: `max_delta`, `kl`, `top1_agreement`. The update goes into the original weights.
     """
 
     output: str
@@ -55,10 +57,11 @@ class MergeResult:
     folding_error: float
     lost: float
     cosine: float
+    drift: dict[str, float] | None = None
 
 
 def merge(
-    target: str | Path,
+    target: str | Path | Artefact,
     output: str | Path,
     *,
     dtype: str | None = None,
@@ -69,7 +72,7 @@ def merge(
     """Merge an adapter into its base and write a whole model.
 
     Args:
-        target: Run or adapter directory, or the hub id of an adapter.
+        target: Run or adapter directory, the hub id of an adapter, or what `locate` returned.
         output: Model directory to write; must not exist, or be empty.
         dtype: To store the weights in; left out, the base's stored type.
         base: Where the base lies; left out, where the adapter says.
@@ -82,7 +85,8 @@ def merge(
             not written.
         RunError: The disk is full.
     """
-    artefact, place = fetched(locate(target)), Path(output).expanduser()
+    artefact = target if isinstance(target, Artefact) else fetched(locate(target))
+    place = Path(output).expanduser()
     _refuse(artefact, place, dtype)
     section = base_section(artefact)
     if base is not None:
@@ -91,7 +95,7 @@ def merge(
     tokenizer = tokenizer_of(artefact)
     probes = parity.probe_rows(tokenizer, rows)
 
-    model = attach(load_base(artefact, dtype="float32", base=base), artefact)
+    model = attach(load_base(artefact, dtype="float32", base=base, quantized=False), artefact)
     reference = probe_logits(model, probes)
     model, loss = fold(model, getattr(torch, kind))
     folded = parity.compare(reference, probe_logits(model, probes))
@@ -109,9 +113,20 @@ def merge(
         parity.require_exact(parity.compare(rounded, merged), "reading it back from disk changed the answers")
         final = parity.compare(reference, merged)
         parity.require_close(final, kind)
-        result = _result(place, kind, folded, final, loss)
+        result = replace(_result(place, kind, folded, final, loss), drift=_drift(artefact, base, probes, merged))
         _describe(folder, artefact, section, result)
     return result
+
+
+def _drift(
+    artefact: Artefact, base: str | None, probes: list[list[int]], merged: torch.Tensor
+) -> dict[str, float] | None:
+    """Compare the merged model with what was trained, base in 4 or 8 bits; None where that is the same base."""
+    if quantization_of(artefact) is None:
+        return None
+    trained = attach(load_base(artefact, base=base), artefact)
+    moved = parity.compare(probe_logits(trained, probes), merged)
+    return {"max_delta": moved.max_delta, "kl": moved.kl, "top1_agreement": moved.top1_agreement}
 
 
 def _refuse(artefact: Artefact, output: Path, dtype: str | None) -> None:
@@ -155,17 +170,19 @@ def _result(output: Path, dtype: str, folded: parity.Parity, final: parity.Parit
 
 def _describe(folder: Path, artefact: Artefact, section: ModelSection, result: MergeResult) -> None:
     """Write peftctl.json and the model card."""
-    figures = {name: value for name, value in asdict(result).items() if name != "output"}
+    figures = {name: value for name, value in asdict(result).items() if name not in ("output", "drift")}
     method = artefact.manifest.get("method", "peft")
     record = {
         "format": manifests.FORMAT,
         "method": method,
         "base": {**artefact.manifest.get("base", {}), "name": manifests.portable_name(section.name_or_path)},
         "task": section.task,
+        "template": artefact.manifest.get("template", "chat"),
         "config_changes": {},
         "tasks": [],
-        "merged": {"adapter": str(artefact.folder), **figures},
+        "merged": {"adapter": str(artefact.folder), **figures, "drift": result.drift},
     }
     manifests.write(folder, record)
+    figures |= {f"drift_{name}": value for name, value in (result.drift or {}).items()}
     card = render_merged_card(section.name_or_path, method, str(artefact.folder), section.task, figures)
     (folder / "README.md").write_text(card, encoding="utf-8")

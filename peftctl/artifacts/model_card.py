@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PreTrainedModel
 
-from peftctl.artifacts.manifest import portable_name
+from peftctl.artifacts.manifest import portable_name, read
 from peftctl.models.aliases import ALIASES, resolve
 from peftctl.models.load import AUTO_CLASSES
+from peftctl.models.vocabulary import vocabulary_rows
 from peftctl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ def render_card(exported: Any, info: ArtifactInfo) -> str:
     whole = isinstance(exported, PreTrainedModel)
     base = public_name(recipe.model.name_or_path)
     rows = {"method": f"{card.title} ({card.paper})", "trains": card.trains, "base model": f"`{base}`"}
-    rows |= {"base weights (fingerprint)": f"`{info.base_fingerprint}`"}
-    rows |= {name.replace("_", " "): _figure(value) for name, value in info.facts.items() if _is_known(value)}
+    rows |= {**merged_before(recipe.model.name_or_path), "base weights (fingerprint)": f"`{info.base_fingerprint}`"}
+    rows |= {name.replace("_", " "): figure(value) for name, value in info.facts.items() if is_known(value)}
     return "\n".join(
         [
-            _front_matter(base, info.method, library="transformers" if whole or exported is None else "peft"),
+            front_matter(base, info.method, library="transformers" if whole or exported is None else "peft"),
             f"# {base}, fine-tuned with {card.title}\n",
             f"{card.summary}\n",
-            _table(rows),
+            table(rows),
             "## How to load it\n",
             _snippet(exported, recipe),
             "With peftctl: `peftctl chat DIRECTORY`, or `model, tokenizer = peftctl.load(DIRECTORY)`.\n",
@@ -56,48 +57,65 @@ def render_merged_card(base: str, method: str, source: str, task: str, figures: 
         figures: Of the parity gate.
     """
     name = public_name(base)
-    rows = {name.replace("_", " "): _figure(value) for name, value in figures.items()}
+    rows = merged_before(base) | {name.replace("_", " "): figure(value) for name, value in figures.items()}
     return "\n".join(
         [
-            _front_matter(name, method, library="transformers"),
+            front_matter(name, method, library="transformers"),
             f"# {name}, with an adapter ({method}) merged in\n",
             f"The adapter `{Path(source).name}` is folded into the weights. Compared with the unmerged model:\n",
-            _table(rows),
+            table(rows),
             "## How to load it\n",
-            _code(_whole("DIRECTORY", task)),
+            code(whole_lines("DIRECTORY", task)),
         ]
     )
 
 
 def public_name(name_or_path: str) -> str:
-    """Return how a base is called outside this machine: its hub id, or the name of its directory."""
+    """Return how a base is called outside this machine: its hub id, or the name of its directory.
+
+    A base with adapters merged in, made by a run for itself, is called as what it was made of.
+    """
     name = ALIASES.get(name_or_path, name_or_path)
+    if "adapters" in (record := read(Path(name))):
+        return public_name(record["base"]["name"])
     return Path(name).name if Path(name).exists() else name
 
 
-def _front_matter(base: str, method: str, *, library: str) -> str:
-    fields = {"library_name": library, "base_model": base, "tags": ["peftctl", method]}
+def merged_before(name_or_path: str) -> dict[str, str]:
+    """Return a row on the adapters that a base has merged in, none for other bases."""
+    names = [f"{a['name']} ({a['method']})" for a in read(Path(name_or_path)).get("adapters", [])]
+    return {"merged into the base before": ", ".join(names)} if names else {}
+
+
+def front_matter(base: str, method: str, *, library: str, license: str | None = None) -> str:
+    """Return the head of a card that hubs read."""
+    fields: dict[str, Any] = {"library_name": library, "base_model": base, "tags": ["peftctl", method]}
+    if license is not None:
+        fields["license"] = license
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
 def _snippet(exported: Any, recipe: Recipe) -> str:
     """Return Python that loads the artefact with the libraries alone."""
     if isinstance(exported, PreTrainedModel):
-        return _code(_whole("DIRECTORY", recipe.model.task))
+        return code(whole_lines("DIRECTORY", recipe.model.task))
     place = portable_name(resolve(recipe.model.name_or_path))
-    base = _base(place, recipe.model.task, recipe.model.dtype)
+    base = base_lines(place, recipe.model.task, recipe.model.dtype)
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'
     if exported is None:
-        return _code([*base, tokenizer])
+        return code([*base, tokenizer])
+    if recipe.model.add_tokens:
+        base = [*base, f"base.resize_token_embeddings({vocabulary_rows(exported)})  # rows of the added tokens"]
     from peft import PeftType
 
     stock = exported.peft_config["default"].peft_type in list(PeftType)
     first = [] if stock else ["import peftctl  # first: it adds this adapter's type to peft"]
     adapter = 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
-    return _code([*first, "from peft import PeftModel", *base, adapter, tokenizer])
+    return code([*first, "from peft import PeftModel", *base, adapter, tokenizer])
 
 
-def _base(place: str, task: str, dtype: str) -> list[str]:
+def base_lines(place: str, task: str, dtype: str) -> list[str]:
+    """Return the lines of Python that load a base model."""
     auto, path = AUTO_CLASSES[task], Path(place)
     where = f'"{path.parent}", gguf_file="{path.name}"' if path.suffix == ".gguf" else f'"{place}"'
     return [
@@ -107,7 +125,8 @@ def _base(place: str, task: str, dtype: str) -> list[str]:
     ]
 
 
-def _whole(place: str, task: str) -> list[str]:
+def whole_lines(place: str, task: str) -> list[str]:
+    """Return the lines of Python that load a whole model."""
     auto = AUTO_CLASSES[task]
     return [
         f"from transformers import {auto}, AutoTokenizer",
@@ -117,19 +136,23 @@ def _whole(place: str, task: str) -> list[str]:
     ]
 
 
-def _code(lines: list[str]) -> str:
+def code(lines: list[str]) -> str:
+    """Return a block of Python."""
     return "\n".join(["```python", *lines, "```", ""])
 
 
-def _table(rows: Mapping[str, str]) -> str:
+def table(rows: Mapping[str, str]) -> str:
+    """Return a table of two columns without a head."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""])
 
 
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
+    """Return a value as a card shows it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _is_known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
+    """Tell a figure from None and NaN, which say that there is none."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))

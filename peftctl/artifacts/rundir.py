@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["RunDir", "staged"]
 
 # All that a run writes, and so all that --fresh removes; the recipe goes last, because it makes the directory a run.
 OWN_NAMES = (
-    "adapter", "model", "checkpoints", "tensorboard", "wandb",
+    "adapter", "model", "base", "checkpoints", "tensorboard", "wandb",
     "environment.json", "metrics.jsonl", "summary.json", "eval.json", "loss.png", "recipe.yaml",
 )  # fmt: skip
 _LOCK = ".lock"
@@ -41,6 +41,7 @@ class RunDir:
         self.eval = self.path / "eval.json"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.base = self.path / "base"
         self.checkpoints = self.path / "checkpoints"
 
     # -- who may write -------------------------------------------------------------------------------------------
@@ -156,16 +157,17 @@ class RunDir:
 
     def latest_checkpoint(self) -> Path | None:
         """Return the complete checkpoint with the most steps."""
-        found = self._checkpoints()
+        found = self.complete_checkpoints()
         return found[-1] if found else None
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """Delete all but the `keep` latest checkpoints."""
+    def drop_checkpoints(self, kept: Collection[str]) -> None:
+        """Delete the complete checkpoints that are not named."""
         with explained(self.checkpoints):
-            for folder in self._checkpoints()[:-keep]:
-                discard(folder)
+            for folder in self.complete_checkpoints():
+                if folder.name not in kept:
+                    discard(folder)
 
-    def _checkpoints(self) -> list[Path]:
+    def complete_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints by their steps; the Trainer's state is what is written last."""
         if not self.checkpoints.is_dir():
             return []

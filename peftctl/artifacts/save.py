@@ -13,6 +13,7 @@ from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.model_card import render_card
 from peftctl.artifacts.rundir import RunDir, staged
 from peftctl.models.aliases import resolve
+from peftctl.models.vocabulary import vocabulary_rows
 from peftctl.recipe.schema import Recipe
 
 MAX_SHARD = "5GB"
@@ -39,7 +40,8 @@ def save_artifact(
         RunError: The disk is full.
     """
     target = run.model if isinstance(exported, PreTrainedModel) else run.adapter
-    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template)
+    grown = {"vocab_size": vocabulary_rows(exported)} if info.recipe.model.add_tokens and exported is not None else {}
+    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template, grown)
     with staged(target) as folder:
         folder.mkdir()
         if isinstance(exported, PreTrainedModel):

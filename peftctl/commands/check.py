@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftctl.backends import device as devices
+from peftctl.commands.planning import Advice, advise, plan
 from peftctl.commands.prepare import Prepared, prepare
 from peftctl.data.preview import preview
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError
-from peftctl.methods.base import Context
-from peftctl.models.load import meta_model
+from peftctl.models.load import STAND_IN_TOKENIZER, stand_in
 from peftctl.recipe.schema import Recipe
 from peftctl.recipe.write import dump_recipe
-from peftctl.training.memory import MemoryPlan, parse_bytes, plan_memory
+from peftctl.training.memory import Machine, MemoryPlan, parse_bytes
 from peftctl.training.stages import total_steps
 
 
@@ -29,7 +30,9 @@ class CheckReport:
         total: Parameters of the base.
         steps: Optimizer steps of the main stage.
         plan: Memory of one process.
-        available: Bytes that the device has, or None where unknown.
+        processes: How many train together.
+        available: Bytes that a process may have on its device, or None where unknown.
+        advice: Where the plan does not fit: what would make it smaller, the largest effect first.
         supervision: Report of the training rows, and of the held-out rows.
         previews: Rows as (text, trained on?) pieces.
         rows: The same rows as token ids and mask.
@@ -41,7 +44,9 @@ class CheckReport:
     total: int
     steps: int
     plan: MemoryPlan
+    processes: int
     available: int | None
+    advice: Sequence[Advice]
     supervision: dict[str, SupervisionReport]
     previews: Sequence[Sequence[tuple[str, bool]]]
     rows: Sequence[dict[str, Any]]
@@ -56,23 +61,46 @@ class CheckReport:
         """Return the report as plain data."""
         return asdict(self) | {"fits": self.fits, "memory_total": self.plan.total}
 
+    @property
+    def _title(self) -> str:
+        each = f" of each of {self.processes} processes" if self.processes > 1 else ""
+        return f"memory plan{each} on {self.plan.device}"
+
+    @property
+    def verdict(self) -> list[str]:
+        """Return what to say of a plan that does not fit: a line, then one for each advice."""
+        if self.available is None or self.fits:
+            return []
+        lines = [f"the plan takes {_gib(self.plan.total - self.available)} more than there is; what would help:"]
+        enough = ["" if a.total > self.available else " (fits)" for a in self.advice]
+        return lines + [f"  {a.change}: {_gib(a.total)}{note}" for a, note in zip(self.advice, enough, strict=True)]
+
     def tables(self) -> list[tuple[str, list[list[str]]]]:
         """Return titled rows to show."""
-        plan = [[name, _gib(value)] for name, value in asdict(self.plan).items() if value]
+        plan = [[name, _gib(value)] for name, value in self.plan.parts.items() if value]
         plan.append(["total", _gib(self.plan.total)])
         if self.available is not None:
+            left = self.available - self.plan.total
             plan.append(["available", _gib(self.available)])
+            plan.append(["left" if left >= 0 else "missing", _gib(abs(left))])
+        if self.plan.host:
+            plan.append(["main memory", _gib(self.plan.host)])
         model = [
             ["parameters", f"{self.total:,}"],
             ["trainable", f"{self.trainable:,} ({self.trainable / self.total:.3%})"],
             ["optimizer steps", f"{self.steps:,}"],
         ]
         supervision = [(f"supervision of the {name} rows", report.lines()) for name, report in self.supervision.items()]
-        return [*supervision, ("model", model), ("memory plan", plan)]
+        return [*supervision, ("model", model), (self._title, plan)]
 
 
 def check(
-    recipe: Recipe, *, preview_rows: int = 3, device: str | None = None, memory: str | None = None
+    recipe: Recipe,
+    *,
+    preview_rows: int = 3,
+    device: str | None = None,
+    memory: str | None = None,
+    processes: int = 1,
 ) -> CheckReport:
     """Check a recipe against its model's shapes and its data.
 
@@ -81,13 +109,18 @@ def check(
         preview_rows: How many training rows to show.
         device: `cpu` or `cuda`: plan for that instead of this machine.
         memory: Memory of that device, e.g. `24GB`.
+        processes: How many train together, each on a device of its own; on a CPU they share the memory.
     """
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: expected cpu or cuda, got '{device}'")
-    planned = device or devices.current_device().type
-    in_process = devices.current_memory_bytes() if planned == "cpu" else 0
-    ready = prepare(recipe)
+    kind = device or devices.current_device().type
+    total = parse_bytes(memory) if memory else devices.available_memory_bytes(kind)
+    ready = prepare(recipe, allow_stand_in=True)
     recipe = ready.recipe
+    machine = Machine(kind, processes, devices.current_memory_bytes() if kind == "cpu" else 0)
+    planned = plan(ready, machine)
+    available = total // processes if total is not None and kind == "cpu" else total
+    advice = advise(ready, machine, planned, available) if available is not None and planned.total > available else []
     shown = ready.train_rows[:preview_rows]
     supervision = {"training": ready.train_report}
     if ready.eval_report:
@@ -96,28 +129,28 @@ def check(
         recipe_yaml=dump_recipe(recipe, unread=ready.method.unread),
         trainable=ready.trainable,
         total=ready.total,
-        steps=total_steps(recipe, len(ready.train_rows)) if ready.trainable else 0,
-        plan=_plan(ready, in_process),
-        available=parse_bytes(memory) if memory else devices.available_memory_bytes(planned),
+        steps=total_steps(recipe, math.ceil(len(ready.train_rows) / processes)) if ready.trainable else 0,
+        plan=planned,
+        processes=processes,
+        available=available,
+        advice=advice,
         supervision=supervision,
         previews=[preview(row, ready.tokenizer) for row in shown],
         rows=[{"input_ids": r.input_ids, "supervised": [label != -100 for label in r.labels]} for r in shown],
-        notices=_notices(ready),
+        notices=_notices(ready, planned),
     )
 
 
-def _plan(ready: Prepared, in_process: int) -> MemoryPlan:
-    model = meta_model(ready.recipe.model)
-    model = ready.method.apply(model, Context(ready.recipe))
-    lengths = [len(row.input_ids) for row in ready.train_rows]
-    supervised = [sum(label != -100 for label in row.labels) for row in ready.train_rows]
-    return plan_memory(ready.recipe, model, lengths, supervised, process_bytes=in_process)
-
-
-def _notices(ready: Prepared) -> list[str]:
-    notices = list(ready.train_report.warnings())
-    if ready.recipe.train.optimizer.startswith("paged") and devices.current_device().type == "cpu":
-        notices.append("paged optimizers run unpaged on a CPU")
+def _notices(ready: Prepared, planned: MemoryPlan) -> list[str]:
+    notices = [*ready.notices, *ready.train_report.warnings()]
+    if not planned.traced:
+        notices.append("activations are estimated from the model's widths, as its code can't be run without weights")
+    if shape := stand_in(ready.recipe.model):
+        reason = "is Python code that comes with the model" if shape.remote_code else "is not on this machine"
+        notices.append(
+            f"lengths are counted with the tokenizer of {STAND_IN_TOKENIZER}, "
+            f"since that of {ready.recipe.model.name_or_path} {reason}"
+        )
     return notices
 
 

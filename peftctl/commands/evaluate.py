@@ -70,7 +70,7 @@ def evaluate(
 
 def _measure(target: str, settings: Recipe, examples: Sequence[Any]) -> tuple[Mapping[str, float], list[Any]]:
     model, tokenizer = load(target, device=devices.current_device())
-    rows, _ = encode_all(examples, tokenizer, settings.data, cache=cache_root())
+    rows, _ = encode_all(examples, tokenizer, settings.data, cache_root(), settings.model.task)
     collate = Collator(tokenizer, settings.data.pad_to_multiple_of)
     result = evaluate_rows(model, tokenizer, examples, rows, settings.data, settings.eval, collate)
     return result.metrics, list(result.samples)

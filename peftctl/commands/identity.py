@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,6 +29,7 @@ HARMLESS = tuple(
 
 def write_identity(run: RunDir, ready: Prepared) -> None:
     """Write recipe.yaml and environment.json."""
+    sources = ready.train_report.sources
     run.write_text(run.recipe, dump_recipe(ready.recipe, unread=ready.method.unread))
     run.write_json(
         run.environment,
@@ -39,6 +41,7 @@ def write_identity(run: RunDir, ready: Prepared) -> None:
             "world_size": 1,
             "seed": ready.recipe.train.seed,
             "data_fingerprint": ready.data_fingerprint,
+            **({"data_sources": [asdict(source) for source in sources]} if sources else {}),
         },
     )
 

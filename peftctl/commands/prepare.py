@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from peftctl.backends.device import fast_dtype
+from peftctl.backends.device import current_device, fast_dtype
+from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_start
 from peftctl.data.dataset import encode_all, fingerprint, load_examples, overlap
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError
 from peftctl.methods import registry
-from peftctl.methods.base import Context, Method
+from peftctl.methods.base import Card, Context, Method
 from peftctl.models.aliases import cache_root
-from peftctl.models.load import load_tokenizer, meta_model
-from peftctl.recipe.schema import Recipe
+from peftctl.models.load import meta_model
+from peftctl.models.quantize import refuse_without_library
+from peftctl.models.vocabulary import add_tokens, fit_vocabulary
+from peftctl.recipe.schema import ModelSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Prepared:
         data_fingerprint: Changes with any token or label of the training rows.
         trainable: Trainable parameters, by the method's closed form.
         total: Parameters of the base.
+        applied: The model with the method applied, on the meta device.
+        notices: What the method's configuration selects, where the recipe alone does not tell, and what this machine
+            does otherwise.
     """
 
     recipe: Recipe
@@ -49,10 +55,16 @@ class Prepared:
     data_fingerprint: str
     trainable: int
     total: int
+    applied: Any
+    notices: Sequence[str]
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, *, allow_stand_in: bool = False) -> Prepared:
     """Check the method against the model's shapes, then read and encode the data.
+
+    Args:
+        recipe: The recipe.
+        allow_stand_in: Plan with shipped shapes, and another tokenizer, where the model can't be had here.
 
     Raises:
         UsageError: The method does not fit the task, the model or the training options.
@@ -61,16 +73,22 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
-    trainable, total = shapes(recipe, method)
-    tokenizer = load_tokenizer(recipe.model)
+    earlier_adapters(recipe)
+    model = meta_model(as_trained(recipe, method), allow_stand_in=allow_stand_in)
+    tokenizer = base_tokenizer(recipe, allow_stand_in=allow_stand_in)
+    method.new_token_ids = add_tokens(tokenizer, recipe.model.add_tokens)
+    fit_rows(model, recipe, tokenizer)
+    notices = [*method.notices(model), *_optimizer_notices(recipe)]
+    total = sum(p.numel() for p in model.parameters())
+    trainable, applied = attach_to_shapes(recipe, method, model)
     examples = load_examples(recipe.data, recipe.train.seed)
-    method.prepare_tokenizer(tokenizer, examples.train, recipe)
+    method.prepare_tokenizer(tokenizer, examples.distinct, recipe)
     cache = cache_root()
-    train_rows, train_report = encode_all(examples.train, tokenizer, recipe.data, cache=cache)
+    train_rows, train_report = encode_all(examples.train, tokenizer, recipe.data, cache, recipe.model.task)
     eval_rows: list[EncodedRow] = []
     eval_report = None
     if examples.eval:
-        eval_rows, eval_report = encode_all(examples.eval, tokenizer, recipe.data, cache=cache)
+        eval_rows, eval_report = encode_all(examples.eval, tokenizer, recipe.data, cache, recipe.model.task)
         refuse_leak(train_rows, eval_rows)
     return Prepared(
         recipe=recipe,
@@ -84,6 +102,8 @@ def prepare(recipe: Recipe) -> Prepared:
         data_fingerprint=fingerprint(train_rows),
         trainable=trainable,
         total=total,
+        applied=applied,
+        notices=notices,
     )
 
 
@@ -95,17 +115,44 @@ def with_concrete_dtype(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def shapes(recipe: Recipe, method: Method) -> tuple[int, int]:
+def fit_rows(model: Any, recipe: Recipe, tokenizer: Any) -> None:
+    """Give a base model rows for tokens that this recipe, or an adapter that it merges, has added."""
+    if recipe.model.add_tokens or recipe.model.adapters:
+        fit_vocabulary(model, len(tokenizer))
+
+
+def shapes(recipe: Recipe, method: Method, model: Any = None) -> tuple[int, int]:
     """Apply the method to a model without weights; return (trainable, base) parameter counts.
+
+    Args:
+        recipe: The recipe.
+        method: Its method.
+        model: The base on the meta device, with rows for new tokens; left out, it is built from the recipe.
 
     Raises:
         UsageError: Targets match nothing, or the method does not know the architecture.
     """
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.model) if model is None else model
     total = sum(p.numel() for p in model.parameters())
-    expected = method.count(model)
-    method.apply(model, Context(recipe))
-    return expected, total
+    return attach_to_shapes(recipe, method, model)[0], total
+
+
+def attach_to_shapes(recipe: Recipe, method: Method, base: Any) -> tuple[int, Any]:
+    """Apply the method to a base on the meta device; return (trainable parameters by its closed form, the model).
+
+    Raises:
+        UsageError: Targets match nothing, or the method does not know the architecture.
+    """
+    trainable = method.count(base)
+    model = method.apply(base, Context(recipe))
+    refuse_unfit_start(recipe, model)
+    return trainable, model
+
+
+def as_trained(recipe: Recipe, method: Method) -> ModelSection:
+    """Return the recipe's model in the type that its weights have in training."""
+    dtype = method.load_options().dtype or recipe.model.dtype
+    return recipe.model.model_copy(update={"dtype": dtype})
 
 
 def refuse_unsupported(recipe: Recipe, method: Method) -> None:
@@ -115,9 +162,40 @@ def refuse_unsupported(recipe: Recipe, method: Method) -> None:
         raise UsageError(f"model.task: {name} does not do {recipe.model.task}; it does: {', '.join(card.tasks)}")
     if recipe.train.gradient_checkpointing and "gradient_checkpointing" not in card.supports:
         raise UsageError(f"train.gradient_checkpointing: {name} does not support it; remove it")
+    refuse_quantization(recipe, card)
+    if recipe.model.add_tokens and "new_tokens" not in card.supports:
+        raise UsageError(
+            f"model.add_tokens: {name} does not train the rows of new tokens; take lora or full, or remove it"
+        )
+    optimizer = recipe.train.optimizer
+    if optimizer.endswith("bit") and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"train.optimizer: {optimizer} needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or set it to adamw"
+        )
     for tracker in recipe.train.report_to:  # each is the name of its package
         if find_spec(tracker) is None:
             raise UsageError(f"train.report_to: {tracker} is not installed; pip install 'peftctl[{tracker}]'")
+
+
+def _optimizer_notices(recipe: Recipe) -> list[str]:
+    paged = recipe.train.optimizer.startswith("paged") and current_device().type == "cpu"
+    return ["paged optimizers run unpaged on a CPU"] if paged else []
+
+
+def refuse_quantization(recipe: Recipe, card: Card) -> None:
+    """Raise where the method can't train over a quantised base, or nothing here can quantise one."""
+    bits = recipe.quantization.bits
+    if bits is None:
+        return
+    if f"{bits}bit" not in card.supports:
+        raise UsageError(
+            f"quantization.bits: {recipe.method.name} can't train over a base of {bits} bits; "
+            "remove `quantization:`, or take a method that can, e.g. qlora"
+        )
+    refuse_without_library()
+    if current_device().type == "mps":
+        raise UsageError("quantization.bits: bitsandbytes has no kernels for Apple's GPUs; remove it")
 
 
 def refuse_leak(train_rows: Sequence[EncodedRow], eval_rows: Sequence[EncodedRow]) -> None:

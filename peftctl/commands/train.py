@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,23 @@ from transformers import set_seed
 
 from peftctl.artifacts import checks, save
 from peftctl.artifacts.dtypes import cast_weights
-from peftctl.artifacts.load import load
+from peftctl.artifacts.load import base_fingerprint, load
+from peftctl.artifacts.locate import Artefact
 from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.rundir import RunDir
+from peftctl.artifacts.start import load_start, refuse_other_weights, start_of
 from peftctl.backends import device as devices
+from peftctl.backends.heap import spare_memory
 from peftctl.commands import identity
-from peftctl.commands.base_model import load_base
-from peftctl.commands.prepare import Prepared, prepare
+from peftctl.commands.base_model import load_base, on_merged_base
+from peftctl.commands.planning import predict
+from peftctl.commands.prepare import Prepared, fit_rows, prepare
 from peftctl.console import Reporter
 from peftctl.data.collate import Collator
-from peftctl.errors import RunError
+from peftctl.errors import RunError, UsageError
 from peftctl.evaluation.evaluate import evaluate_rows
 from peftctl.methods.base import Context
-from peftctl.models.fingerprint import weights_fingerprint
+from peftctl.models.quantize import parameter_count
 from peftctl.recipe.schema import Recipe
 from peftctl.training.report import loss_curve
 from peftctl.training.stages import Trained, Workload, run_stages
@@ -61,6 +65,7 @@ def train(
         PeftctlError: A known problem, see `peftctl.errors`.
     """
     reporter = reporter or Reporter()
+    _refuse_deepspeed(recipe)
     devices.refuse_unlaunched_world()
     devices.start_process()
     run = RunDir(recipe.train.output_dir)
@@ -74,6 +79,14 @@ def train(
             return TrainResult(run.path, _artefact_path(run), finished)
         run.prepare(fresh=fresh, resume=resume)
         return _Run(ready, run, reporter, resume).go()
+
+
+def _refuse_deepspeed(recipe: Recipe) -> None:
+    if recipe.backend.name == "deepspeed":
+        raise UsageError(
+            "backend.name: training through DeepSpeed comes with a later version; "
+            "`check` and `train --dry-run` plan it, and backend=null trains on one device"
+        )
 
 
 class _Run:
@@ -92,12 +105,25 @@ class _Run:
     def go(self) -> TrainResult:
         checkpoint = self._checkpoint()
         identity.write_identity(self.run, self.ready)
+        self.ready = on_merged_base(self.ready, self.run, self.reporter)
+        self.recipe = self.ready.recipe
         set_seed(self.recipe.train.seed)
+        self.predicted = predict(self.ready)
+        if self.recipe.train.gradient_checkpointing and self.device.type == "cpu":
+            spare_memory()
         base = load_base(self.ready, self.device)
-        before = identity.evaluation_before(self.run) or self._evaluate(base, "before")
+        self.base_fingerprint = base_fingerprint(self.recipe.model, base)  # of what lies on disk: before rows of new tokens
+        fit_rows(base, self.recipe, self.ready.tokenizer)
+        start = start_of(self.recipe)
+        before = identity.evaluation_before(self.run)
+        if before is None and start is None:
+            before = self._evaluate(base, "before")
         devices.reset_peak_memory()
-        model, initial = self._attach(base)
+        model, initial = self._attach(base, start if checkpoint is None else None)
         del base
+        if before is None:  # of the adapter that training starts from
+            before = self._evaluate(model, "before")
+            devices.reset_peak_memory()
         trained = self._train(model, checkpoint)
         peak = devices.peak_memory_bytes()
         artefact, reference = self._save(model, initial, trained)
@@ -119,15 +145,20 @@ class _Run:
         self.reporter.notice(f"resuming after step {step}")
         return checkpoint
 
-    def _attach(self, base: Any) -> tuple[Any, dict[str, str]]:
-        """Apply the method; return the model and a record of what its trainable tensors were."""
-        self.base_fingerprint = weights_fingerprint(base)
+    def _attach(self, base: Any, start: Artefact | None) -> tuple[Any, dict[str, str]]:
+        """Apply the method, with the weights of `start`; return the model and a record of what its tensors were."""
         expected = self.method.count(base)
         model = self.method.apply(base, Context(self.recipe, self.ready.tokenizer))
+        if start is not None:
+            refuse_other_weights(start, self.recipe, self.base_fingerprint)
+            load_start(start, model)
+            self.reporter.notice(f"training goes on from {start.target}")
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = parameter_count(model)
         if self.trainable != expected:
             raise RunError(f"{self.recipe.method.name} trains {self.trainable:,} parameters, expected {expected:,}")
+        for notice in self.ready.notices:
+            self.reporter.notice(notice)
         self.reporter.notice(
             f"{self.recipe.method.name}: {self.trainable:,} of {self.total:,} parameters train "
             f"({self.trainable / self.total:.2%}) on {self.device}"
@@ -216,8 +247,10 @@ class _Run:
             "train_seconds": round(trained.seconds, 2),
             "tokens_per_second": round(trained.train_tokens / trained.seconds, 1) if trained.seconds else None,
             "peak_memory_bytes": peak,
+            "predicted_memory_bytes": self.predicted,
             "adapter_bytes": sum(f.stat().st_size for f in artefact.rglob("*.safetensors")),
             "train_loss": trained.loss if trained.steps else None,
+            **({"selected": asdict(trained.selected)} if trained.selected else {}),
             "eval": {"before": before, "after": after},
         }
         self.run.write_json(self.run.summary, summary)

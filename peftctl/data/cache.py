@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +24,26 @@ from safetensors.numpy import save_file
 
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
-from peftctl.recipe.schema import DataSection
+from peftctl.recipe.schema import DataSection, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CODE = ("conversations.py", "turns.py", "rendering.py", "encode.py", "cache.py")
+_CODE = ("conversations.py", "turns.py", "rendering.py", "encode.py", "pairs.py", "cache.py")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_FLAGS = ("truncated", "paired", "prompt_cut")
 
 
-def cache_file(root: Path, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Path:
+def cache_file(
+    root: Path,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    task: Task = "causal_lm",
+) -> Path:
     """Return where the encoded rows of these examples are kept under `root`."""
     digest = hashlib.sha256()
-    read = [data.format, data.template, data.max_length, data.loss_on]
+    read = [task, data.format, data.template, data.max_length, data.loss_on]
     code = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _CODE]
     for part in (read, code, [version(name) for name in _LIBRARIES], _tokenizer_content(tokenizer)):
         digest.update(json.dumps(part).encode())
@@ -56,13 +64,12 @@ def load_rows(file: Path, examples: Sequence[Example]) -> list[list[EncodedRow]]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     groups: list[list[EncodedRow]] = [[] for _ in examples]
-    begin = 0
-    for source, length, reason, truncated in zip(
-        *(tensors[name].tolist() for name in ("source", "length", "reason", "truncated")), strict=True
-    ):
-        ids, labels = (tensors[name][begin : begin + length].tolist() for name in ("ids", "labels"))
-        begin += length
-        groups[source].append(EncodedRow(ids, labels, examples[source].where, bool(truncated), reasons[reason]))
+    ids, labels = _cut(tensors["ids"], tensors["length"]), _cut(tensors["labels"], tensors["label_length"])
+    facts = (tensors[name].tolist() for name in ("source", "reason", *_FLAGS))
+    for row_ids, row_labels, source, reason, *flags in zip(ids, labels, *facts, strict=True):
+        truncated, paired, prompt_cut = map(bool, flags)
+        row = EncodedRow(row_ids, row_labels, examples[source].where, truncated, reasons[reason], paired, prompt_cut)
+        groups[source].append(row)
     return groups
 
 
@@ -76,8 +83,9 @@ def save_rows(file: Path, groups: Sequence[Sequence[EncodedRow]]) -> None:
         "labels": _flat(row.labels for row in rows),
         "source": np.array(sources, dtype=np.int64),
         "length": np.array([len(row.input_ids) for row in rows], dtype=np.int64),
+        "label_length": np.array([len(row.labels) for row in rows], dtype=np.int64),
         "reason": np.array([reasons.index(row.dropped_reason) for row in rows], dtype=np.int64),
-        "truncated": np.array([row.truncated for row in rows], dtype=np.int64),
+        **{flag: np.array([getattr(row, flag) for row in rows], dtype=np.int64) for flag in _FLAGS},
     }
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError, SafetensorError):
@@ -91,6 +99,11 @@ def save_rows(file: Path, groups: Sequence[Sequence[EncodedRow]]) -> None:
 
 def _flat(sequences: Iterable[list[int]]) -> np.ndarray:
     return np.array([token for sequence in sequences for token in sequence], dtype=np.int32)
+
+
+def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    return [flat[first:last].tolist() for first, last in pairwise(bounds)]
 
 
 def _checksum(tensors: dict[str, np.ndarray]) -> str:

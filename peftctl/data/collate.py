@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class Collator:
     """Pads rows on the right. Labels follow from rows alone, so that EOS as padding token does no harm.
 
+    Tokens and labels are padded apart: those of an encoder-decoder differ in length. Its decoder needs no mask, as no
+    position looks at the padding behind it.
+
     Args:
         tokenizer: Gives the padding token: its own, else EOS, else 0; padding is masked in any case.
         pad_to_multiple_of: Round the length of a batch up to a multiple of this many tokens.
@@ -27,21 +30,23 @@ class Collator:
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and labels, each (batch, seq) int64.
+        """Return input_ids and attention_mask, (batch, seq), and labels, (batch, seq of the labels), int64.
 
         seq is the longest row, rounded up to the multiple. No rows (a process without a share of the last step) give
         a batch of one padding token without a label, so that every process still takes part in the step.
         """
-        longest = max((len(row.input_ids) for row in rows), default=1)
-        shape = (max(len(rows), 1), -(-longest // self.multiple) * self.multiple)
-        input_ids = torch.full(shape, self.pad_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED)
+        input_ids = self._padded([row.input_ids for row in rows], self.pad_id)
+        labels = self._padded([row.labels for row in rows], IGNORED)
+        attention_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):
-            length = len(row.input_ids)
-            input_ids[i, :length] = torch.tensor(row.input_ids)
-            attention_mask[i, :length] = 1
-            labels[i, :length] = torch.tensor(row.labels)
+            attention_mask[i, : len(row.input_ids)] = 1
         if not rows:
             attention_mask[0, 0] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _padded(self, sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
+        longest = max(map(len, sequences), default=1)
+        padded = torch.full((max(len(sequences), 1), -(-longest // self.multiple) * self.multiple), filler)
+        for i, sequence in enumerate(sequences):
+            padded[i, : len(sequence)] = torch.tensor(sequence)
+        return padded

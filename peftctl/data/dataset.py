@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftctl.data.encode import EncodedRow, Encoder
-from peftctl.data.formats import Example, to_examples
+from peftctl.data.formats import Example, section_of, to_examples
+from peftctl.data.pairs import PairEncoder, encoder_of
 from peftctl.data.problems import Problems, wrong
 from peftctl.data.sources import read_rows
 from peftctl.data.supervision import SupervisionReport, refuse, report
 from peftctl.errors import DataError
-from peftctl.recipe.schema import DataSection
+from peftctl.recipe.schema import DataSection, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,35 +27,78 @@ class Examples:
     """Rows before encoding.
 
     Args:
-        train: To train on.
+        train: To train on in an epoch; of `data.sources`, the copies of a row are one object.
         eval: Held out; none where the recipe holds none out.
     """
 
     train: list[Example]
     eval: list[Example]
 
+    @property
+    def distinct(self) -> list[Example]:
+        """Training rows, each once."""
+        return list({id(example): example for example in self.train}.values())
+
 
 def load_examples(data: DataSection, seed: int) -> Examples:
     """Read the rows of a recipe; `eval_fraction` holds out rows drawn by the seed, and both parts keep their order.
 
+    Held-out rows are drawn before the weights of `data.sources` repeat any row, so that no copy of one is trained on.
+
     Raises:
         DataError: A file or row is wrong, or there are too few rows to hold one out.
     """
-    train = to_examples(read_rows(data.train or []), data)
+    train, held_out = _read(data), []
     if data.eval is not None:
-        return Examples(train, to_examples(read_rows(data.eval), data))
-    if data.eval_fraction is None:
-        return Examples(train, [])
-    if len(train) < 2:
+        held_out = to_examples(read_rows(data.eval), data)
+    elif data.eval_fraction is not None:
+        train, held_out = _split(train, data.eval_fraction, seed)
+    return Examples(_weighted(train, data, seed), held_out)
+
+
+def _read(data: DataSection) -> list[Example]:
+    """Return every training row once, those of `data.sources` in the order of the sources."""
+    if data.sources is None:
+        return to_examples(read_rows(data.train or []), data)
+    problems = Problems()
+    examples: list[Example] = []
+    for i, source in enumerate(data.sources):
+        try:
+            examples += to_examples(read_rows(source.path), section_of(data, i), i)
+        except DataError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+    return examples
+
+
+def _split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    if len(examples) < 2:
         raise wrong(
-            "data.eval_fraction", f"expected at least 2 rows to hold one out, got {len(train)}", "name data.eval"
+            "data.eval_fraction", f"expected at least 2 rows to hold one out, got {len(examples)}", "name data.eval"
         )
-    count = min(len(train) - 1, max(1, round(len(train) * data.eval_fraction)))
-    held_out = set(random.Random(f"eval {seed}").sample(range(len(train)), count))
-    return Examples(
-        [example for i, example in enumerate(train) if i not in held_out],
-        [example for i, example in enumerate(train) if i in held_out],
+    count = min(len(examples) - 1, max(1, round(len(examples) * fraction)))
+    held_out = set(random.Random(f"eval {seed}").sample(range(len(examples)), count))
+    return (
+        [example for i, example in enumerate(examples) if i not in held_out],
+        [example for i, example in enumerate(examples) if i in held_out],
     )
+
+
+def _weighted(examples: list[Example], data: DataSection, seed: int) -> list[Example]:
+    """Repeat the rows of each source by the whole part of its weight, and draw the fraction's share of them once more.
+
+    The same rows are drawn for every epoch, so that one list describes them all; a source gives at least one row.
+    """
+    if data.sources is None:
+        return examples
+    chosen: list[Example] = []
+    for i, source in enumerate(data.sources):
+        own = [example for example in examples if example.source == i]
+        copies, fraction = divmod(source.weight, 1)
+        count = max(round(fraction * len(own)), min(len(own), 0 if copies else 1))
+        drawn = set(random.Random(f"source {i} {seed}").sample(range(len(own)), count))
+        chosen += own * int(copies) + [example for j, example in enumerate(own) if j in drawn]
+    return chosen
 
 
 def encode_all(
@@ -62,6 +106,7 @@ def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     data: DataSection,
     cache: Path | None = None,
+    task: Task = "causal_lm",
 ) -> tuple[list[EncodedRow], SupervisionReport]:
     """Encode examples and drop rows without a token to train on.
 
@@ -70,26 +115,48 @@ def encode_all(
         tokenizer: Of the model.
         data: The section they came from.
         cache: Folder that keeps encoded rows between runs; None encodes anew.
+        task: What the model does.
 
     Raises:
         DataError: The tokenizer or its template does not fit, or more than `data.max_dropped` of the rows are dropped.
     """
-    groups = _encoded(examples, tokenizer, data, cache)
-    kept, found = report(groups, tokenizer)
+    groups = _encoded_by_source(examples, tokenizer, data, cache, task)
+    kept, found = report(groups, tokenizer, [example.source for example in examples], data.sources)
     refuse(found, data)
     return kept, found
 
 
-def _encoded(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataSection, cache: Path | None
+def _encoded_by_source(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    cache: Path | None,
+    task: Task,
 ) -> list[list[EncodedRow]]:
-    encoder = Encoder(tokenizer, data)
+    """Return the rows of each example; copies of an example share theirs, and sources are cached apart."""
+    distinct = {id(example): example for example in examples}
+    rows: dict[int, list[EncodedRow]] = {}
+    for source in dict.fromkeys(example.source for example in examples):
+        own = [example for example in distinct.values() if example.source == source]
+        groups = _encoded(own, tokenizer, section_of(data, source), cache, task)
+        rows.update(zip(map(id, own), groups, strict=True))
+    return [rows[id(example)] for example in examples]
+
+
+def _encoded(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    cache: Path | None,
+    task: Task,
+) -> list[list[EncodedRow]]:
+    encoder = encoder_of(task, tokenizer, data)
     if cache is None:
         return _encode_each(examples, encoder)
     # numpy and safetensors are not needed without a cache.
     from peftctl.data.cache import cache_file, load_rows, save_rows
 
-    file = cache_file(cache, examples, tokenizer, data)
+    file = cache_file(cache, examples, tokenizer, data, task)
     groups = load_rows(file, examples)
     if groups is None:
         groups = _encode_each(examples, encoder)
@@ -97,7 +164,7 @@ def _encoded(
     return groups
 
 
-def _encode_each(examples: Iterable[Example], encoder: Encoder) -> list[list[EncodedRow]]:
+def _encode_each(examples: Iterable[Example], encoder: Encoder | PairEncoder) -> list[list[EncodedRow]]:
     problems = Problems()
     groups = []
     for example in examples:
@@ -124,5 +191,5 @@ def overlap(train_rows: Iterable[EncodedRow], eval_rows: Iterable[EncodedRow]) -
 
 
 def _key(row: EncodedRow) -> bytes:
-    """Return a digest of tokens and labels; the two lists are equally long, so their text is unambiguous."""
+    """Return a digest of tokens and labels."""
     return hashlib.sha256(repr((row.input_ids, row.labels)).encode()).digest()

@@ -28,14 +28,17 @@ _ANCHORS = ("\n", ".")
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One sequence of a training set.
+    """One row of a training set: a sequence for a causal model, or a pair of sequences for an encoder-decoder.
 
     Args:
-        input_ids: Tokens, at most `data.max_length`.
-        labels: As many: the token itself where it is trained on, else -100. Not shifted.
+        input_ids: Tokens, at most `data.max_length`; of a pair, what the encoder reads.
+        labels: Of a sequence as many: the token itself where it is trained on, else -100. Of a pair what the decoder
+            writes, at most `data.max_length`. Not shifted.
         where: Place of the row it came from.
         truncated: Whether `max_length` cut off tokens that were to be trained on.
         dropped_reason: Why nothing in it can be trained on; None for a good row.
+        paired: Whether it is a pair.
+        prompt_cut: Whether `max_length` cut what the encoder reads.
     """
 
     input_ids: list[int]
@@ -43,6 +46,18 @@ class EncodedRow:
     where: str
     truncated: bool = False
     dropped_reason: str | None = None
+    paired: bool = False
+    prompt_cut: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences of the row."""
+        return len(self.input_ids) + (len(self.labels) if self.paired else 0)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted and trained on; nothing predicts the first of a sequence."""
+        return sum(label != IGNORED for label in (self.labels if self.paired else self.labels[1:]))
 
 
 class Encoder:
@@ -65,8 +80,19 @@ class Encoder:
             for part in self._separated(rendered)
         ]
 
-    def prompt_ids(self, prompt: Rendered) -> list[int]:
-        """Return the tokens from which generation starts."""
+    def question(self, example: Example) -> tuple[list[int], str] | None:
+        """Return (tokens up to the last answer that is trained on, that answer's text); None where there is none."""
+        if example.messages is not None:
+            last = self.renderer.last_turn(example)
+            if last is None:
+                return None
+            turn, answer = last
+            return self._prompt_ids(Rendered(turn.text[: turn.start])), answer
+        if not has_answer(example):
+            return None
+        return self._prompt_ids(self.renderer.prompt(example)), example.completion or ""
+
+    def _prompt_ids(self, prompt: Rendered) -> list[int]:
         bos = [self.tokenizer.bos_token_id] if prompt.bos else []
         return [*bos, *self._tokens(prompt.text)[0]]
 
@@ -146,6 +172,11 @@ class Encoder:
         # Some tokenizers leave the space that a token begins with out of its offsets; it is the token's all the same.
         starts = [0, *map(min, starts[1:], ends)]
         return ids, starts, ends
+
+
+def has_answer(example: Example) -> bool:
+    """Whether a plain example has an answer to generate or to train on."""
+    return example.prompt is not None and bool((example.completion or "").strip())
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> list[EncodedRow]:

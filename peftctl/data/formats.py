@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftctl.data import templates
@@ -13,7 +13,7 @@ from peftctl.data.sources import Row
 from peftctl.errors import DataError, did_you_mean
 from peftctl.recipe.schema import DataSection
 
-__all__ = ["Example", "Message", "to_examples"]
+__all__ = ["Example", "Message", "section_of", "to_examples"]
 
 _FIELDS = {
     "messages": ("messages", "tools", "role", "content", "train"),
@@ -40,6 +40,7 @@ class Example:
         label: Class of `text`.
         tokens: Words.
         tags: Their tags, as many.
+        source: Which entry of `data.sources` it comes from, from 0; None where there are none.
     """
 
     where: str
@@ -51,10 +52,28 @@ class Example:
     label: str | int | None = None
     tokens: list[str] | None = None
     tags: list[str | int] | None = None
+    source: int | None = None
 
 
-def to_examples(rows: Sequence[Row], data: DataSection) -> list[Example]:
+def section_of(data: DataSection, source: int | None) -> DataSection:
+    """Return the section as an entry of `data.sources` sees it: with its own format and columns, where it has some."""
+    if source is None or data.sources is None:
+        return data
+    own = data.sources[source]
+    update = {
+        "format": own.format or data.format,
+        "columns": data.columns if own.columns is None else own.columns,
+    }
+    return data.model_copy(update=update)
+
+
+def to_examples(rows: Sequence[Row], data: DataSection, source: int | None = None) -> list[Example]:
     """Return one example a row.
+
+    Args:
+        rows: Of one layout.
+        data: The section, as `section_of` gives it.
+        source: Which entry of `data.sources` the rows come from.
 
     Raises:
         DataError: A field is missing or has the wrong type, or `data.columns` and `data.template` don't fit the
@@ -66,7 +85,7 @@ def to_examples(rows: Sequence[Row], data: DataSection) -> list[Example]:
     examples = []
     for row in rows:
         try:
-            examples.append(read(_Fields(row, data), data))
+            examples.append(replace(read(_Fields(row, data, source), data), source=source))
         except DataError as error:
             problems.extend(error.problems)
     problems.raise_if_any()
@@ -76,19 +95,21 @@ def to_examples(rows: Sequence[Row], data: DataSection) -> list[Example]:
 class _Fields:
     """The fields of one row under our names."""
 
-    def __init__(self, row: Row, data: DataSection):
+    def __init__(self, row: Row, data: DataSection, source: int | None = None):
         self.where = row.where
         self.row = row.fields
         self.columns = data.columns
+        self.source = source
 
     def required(self, name: str) -> Any:
         theirs = self.columns.get(name, name)
         if theirs not in self.row:
-            mapped = f" (data.columns maps {name} to it)" if theirs != name else ""
+            key = "data.columns" if self.source is None else f"data.sources[{self.source}].columns"
+            mapped = f" ({key} maps {name} to it)" if theirs != name else ""
             raise wrong(
                 self.where,
                 f"field '{theirs}' is missing{mapped}; the row has: {', '.join(map(str, self.row))}",
-                "" if mapped else f"map it with data.columns {{{name}: ...}}",
+                "" if mapped else f"map it with {key} {{{name}: ...}}",
             )
         return self.row[theirs]
 

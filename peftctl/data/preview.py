@@ -12,14 +12,19 @@ if TYPE_CHECKING:
 
 
 def preview(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Return (text, trained on?) pieces; put together they are the decoded row, special tokens included."""
+    """Return (text, trained on?) pieces; put together they are the decoded row, special tokens included.
+
+    Of a pair the two sequences, each on a line of its own.
+    """
+
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def text(tokens: int) -> str:
-        decoded = tokenizer.decode(
-            row.input_ids[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return str(decoded)
+        return decoded(row.input_ids[:tokens])
 
+    if row.paired:
+        return [(decoded(row.input_ids) + "\n", False), (decoded(row.labels), True)] if row.labels else []
     whole = text(len(row.input_ids))
     pieces = []
     tokens = shown = 0

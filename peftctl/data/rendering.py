@@ -105,17 +105,22 @@ class Renderer:
         indices = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train is not False]
         return indices[-1:] if self.loss_on == "last_turn" else indices
 
-    def _conversation(self, example: Example) -> list[Rendered]:
+    def turns(self, example: Example) -> tuple[list[Turn], list[str]]:
+        """Return the answers of a conversation that are trained on, and for each that can't be the reason."""
         messages = example.messages or []
-        if self.loss_on == "all":
-            return [self._whole(example)]
         indices = self._trainable(example)
         if not indices:
             answers = any(message.role == "assistant" for message in messages)
-            return [Rendered("", reason="every assistant turn has train: false" if answers else "no assistant turn")]
+            return [], ["every assistant turn has train: false" if answers else "no assistant turn"]
         blank = [i for i in indices if messages[i].is_blank]
         turns = [self.chat.turn(messages, i, example.tools, example.where) for i in indices if i not in blank]
-        return _merged(turns) + [Rendered("", reason="empty answer")] * len(blank)
+        return turns, ["empty answer"] * len(blank)
+
+    def _conversation(self, example: Example) -> list[Rendered]:
+        if self.loss_on == "all":
+            return [self._whole(example)]
+        turns, reasons = self.turns(example)
+        return _merged(turns) + [Rendered("", reason=reason) for reason in reasons]
 
     def _whole(self, example: Example) -> Rendered:
         messages = example.messages or []

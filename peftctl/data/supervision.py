@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.data.problems import wrong
-from peftctl.recipe.schema import DataSection
+from peftctl.recipe.schema import DataSection, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,43 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """What one entry of `data.sources` gives to an epoch.
+
+    Args:
+        path: Its files or hub id.
+        weight: How often an epoch sees each of its rows.
+        rows: Rows that are trained on, copies included.
+        tokens: Their tokens, without padding.
+        share: tokens / those of all sources.
+        supervised_tokens: Tokens that are predicted and trained on.
+        supervised_share: supervised_tokens / tokens.
+    """
+
+    path: str | list[str]
+    weight: float
+    rows: int
+    tokens: int
+    share: float
+    supervised_tokens: int
+    supervised_share: float
+
+    def line(self, number: int) -> list[str]:
+        """Return a (name, value) pair to show."""
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        return [
+            f"source {number}: {name}, weight {self.weight:g}",
+            f"{self.rows:,} rows, {self.tokens:,} tokens ({self.share:.1%} of all), "
+            f"{self.supervised_tokens:,} trained on ({self.supervised_share:.1%})",
+        ]
+
+
+@dataclass(frozen=True)
 class SupervisionReport:
     """Figures of a data set after encoding; lengths and tokens count kept rows only.
+
+    Of `data.sources` they are those of an epoch: a row that comes twice counts twice.
 
     Args:
         rows: Rows after encoding; a conversation can give several.
@@ -41,6 +77,7 @@ class SupervisionReport:
         supervised_tokens: Tokens that are predicted and trained on.
         share: supervised_tokens / tokens.
         truncated_answers: Rows whose answers `max_length` cut.
+        cut_prompts: Rows of which `max_length` cut what the encoder of an encoder-decoder reads.
         eos_supervised: Share of rows whose last trained token is EOS or an end-of-turn token.
         doubled_bos: Rows that begin with two BOS tokens.
         pad_is_eos: Whether padding is the EOS token; harmless here, as labels never follow from padding.
@@ -48,6 +85,7 @@ class SupervisionReport:
         longest: Tokens of the longest row.
         median: Median of the tokens of a row.
         p95: 95th percentile of the tokens of a row.
+        sources: The same by source; empty where there are no `data.sources`.
     """
 
     rows: int
@@ -57,6 +95,7 @@ class SupervisionReport:
     supervised_tokens: int
     share: float
     truncated_answers: int
+    cut_prompts: int
     eos_supervised: float
     doubled_bos: int
     pad_is_eos: bool
@@ -64,6 +103,7 @@ class SupervisionReport:
     longest: int
     median: int
     p95: int
+    sources: tuple[SourceReport, ...] = ()
 
     def lines(self) -> list[list[str]]:
         """Return (name, value) pairs to show."""
@@ -72,8 +112,10 @@ class SupervisionReport:
             *([f"dropped: {reason}", _counted(dropped)] for reason, dropped in self.dropped.items()),
             ["tokens", f"{self.tokens:,}"],
             ["trained on", f"{self.supervised_tokens:,} ({self.share:.1%})"],
+            *(source.line(i) for i, source in enumerate(self.sources, 1)),
             ["row length", f"median {self.median:,}, p95 {self.p95:,}, longest {self.longest:,}"],
             ["answers cut by max_length", f"{self.truncated_answers:,}"],
+            *([["prompts cut by max_length", f"{self.cut_prompts:,}"]] if self.cut_prompts else []),
             ["rows that train the end token", f"{self.eos_supervised:.1%}"],
             ["rows with a doubled BOS", f"{self.doubled_bos:,}"],
         ]
@@ -92,8 +134,13 @@ class SupervisionReport:
         """Yield what the user should know before training."""
         for reason, dropped in self.dropped.items():
             yield f"data: dropped ({reason}): {_counted(dropped)}"
+        for i, source in enumerate(self.sources):
+            if not source.rows:
+                yield f"data.sources[{i}]: none of its rows is trained on; give it more rows or a higher weight"
         if self.truncated_answers:
             yield f"data: {self.truncated_answers:,} rows have answers cut by data.max_length: raise it or shorten them"
+        if self.cut_prompts:
+            yield f"data: {self.cut_prompts:,} prompts are cut by data.max_length: raise it or shorten them"
         if self.doubled_bos:
             yield f"data: {self.doubled_bos:,} rows begin with two BOS tokens: take BOS out of your rows"
         unended = round((1 - self.eos_supervised) * self.kept) - self.truncated_answers
@@ -102,19 +149,24 @@ class SupervisionReport:
 
 
 def report(
-    groups: Sequence[Sequence[EncodedRow]], tokenizer: PreTrainedTokenizerBase
+    groups: Sequence[Sequence[EncodedRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    origins: Sequence[int | None] = (),
+    sources: Sequence[Source] | None = None,
 ) -> tuple[list[EncodedRow], SupervisionReport]:
     """Return the rows to train on and the figures of all rows.
 
     Args:
         groups: The rows of each example.
         tokenizer: That encoded them.
+        origins: The source of each example.
+        sources: `data.sources`.
     """
     rows = [row for group in groups for row in group]
     kept = [row for row in rows if row.dropped_reason is None]
-    lengths = sorted(len(row.input_ids) for row in kept) or [0]
+    lengths = sorted(row.tokens for row in kept) or [0]
     tokens = sum(lengths)
-    supervised = sum(label != IGNORED for row in kept for label in row.labels[1:])
+    supervised = sum(row.supervised for row in kept)
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     ended = sum(_last_supervised(row) in ends for row in kept)
     bos = tokenizer.bos_token_id
@@ -126,13 +178,15 @@ def report(
         supervised_tokens=supervised,
         share=supervised / tokens if tokens else 0.0,
         truncated_answers=sum(row.truncated for row in kept),
+        cut_prompts=sum(row.prompt_cut for row in kept),
         eos_supervised=ended / len(kept) if kept else 0.0,
         doubled_bos=sum(bos is not None and row.input_ids[:2] == [bos, bos] for row in kept),
         pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
-        split_conversations=sum(sum(row.dropped_reason is None for row in group) > 1 for group in groups),
+        split_conversations=sum(sum(_is_sequence(row) for row in group) > 1 for group in groups),
         longest=lengths[-1],
         median=lengths[len(lengths) // 2],
         p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
+        sources=_by_source(groups, origins, sources or (), tokens),
     )
 
 
@@ -153,6 +207,31 @@ def refuse(found: SupervisionReport, data: DataSection) -> None:
     raise wrong("data", f"{dropped} of {found.rows} rows have nothing to train on, {what} ({reasons})", hint)
 
 
+def _by_source(
+    groups: Sequence[Sequence[EncodedRow]], origins: Sequence[int | None], sources: Sequence[Source], all_tokens: int
+) -> tuple[SourceReport, ...]:
+    if not any(origin is not None for origin in origins):  # rows of `data.eval` come from no source
+        return ()
+    kept: list[list[EncodedRow]] = [[] for _ in sources]
+    for origin, group in zip(origins, groups, strict=True):
+        if origin is not None:
+            kept[origin] += [row for row in group if row.dropped_reason is None]
+    return tuple(_source_report(source, rows, all_tokens) for source, rows in zip(sources, kept, strict=True))
+
+
+def _source_report(source: Source, rows: Sequence[EncodedRow], all_tokens: int) -> SourceReport:
+    tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised for row in rows)
+    return SourceReport(
+        path=source.path,
+        weight=source.weight,
+        rows=len(rows),
+        tokens=tokens,
+        share=tokens / all_tokens if all_tokens else 0.0,
+        supervised_tokens=supervised,
+        supervised_share=supervised / tokens if tokens else 0.0,
+    )
+
+
 def _dropped(rows: Sequence[EncodedRow]) -> dict[str, Dropped]:
     places: dict[str, list[str]] = {}
     for row in rows:
@@ -165,6 +244,10 @@ def _counted(dropped: Dropped) -> str:
     """Return e.g. `5 rows (a.jsonl:3, a.jsonl:9, a.jsonl:12, ...)`."""
     more = ", ..." if dropped.count > len(dropped.places) else ""
     return f"{dropped.count:,} row{'s' * (dropped.count != 1)} ({', '.join(dropped.places)}{more})"
+
+
+def _is_sequence(row: EncodedRow) -> bool:
+    return row.dropped_reason is None and not row.paired
 
 
 def _last_supervised(row: EncodedRow) -> int | None:

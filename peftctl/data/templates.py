@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftctl.data.problems import kind, wrong
-from peftctl.errors import did_you_mean
+from peftctl.errors import UsageError, did_you_mean
 
 CHAT = "chat"
 ALPACA = "alpaca"
@@ -51,6 +51,21 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
     if context:
         return _ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
     return _ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+
+
+def frame(template: str) -> Callable[[str], str]:
+    """Return what puts a single request into a plain template.
+
+    Raises:
+        UsageError: It takes several fields.
+    """
+    if template == ALPACA:
+        return alpaca_prompt
+    fields = {name for _, name in _pieces(template) if name is not None}
+    if len(fields) != 1:
+        raise UsageError(f"data.template takes {', '.join(sorted(fields))}; expected one field for a single request")
+    (field,) = fields
+    return lambda text: fill(template, {field: text}, "this message")
 
 
 def fill(template: str, fields: Mapping[str, Any], where: str) -> str:

@@ -14,7 +14,7 @@ from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.prompts import generation_prompts
 from peftctl.errors import UsageError
-from peftctl.evaluation.generation import generate, position_limit, refuse_overlong
+from peftctl.evaluation.generation import generate, prompts_of, refuse_overlong
 from peftctl.evaluation.loss import held_out_loss
 from peftctl.evaluation.metrics import METRICS
 from peftctl.recipe.schema import DataSection, EvalSection
@@ -48,7 +48,7 @@ def evaluate_rows(
     """Measure what `eval.metrics` names; answers are generated once for all metrics that need them.
 
     Args:
-        model: A causal language model.
+        model: A causal language model or an encoder-decoder.
         tokenizer: Its tokenizer.
         examples: Held-out rows before encoding; `eval.rows` limits how many are answered.
         encoded_rows: The same rows encoded, for loss, perplexity and token accuracy: always all.
@@ -85,12 +85,12 @@ def _check_pattern(section: EvalSection) -> None:
 def _answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], data: DataSection, section: EvalSection
 ) -> list[dict[str, str]]:
-    limit = position_limit(model)
+    task = prompts_of(model)
     prompts: list[list[int]] = []
     samples: list[dict[str, str]] = []
     for example in examples:
-        for prompt, reference in generation_prompts([example], tokenizer, data):
-            refuse_overlong(len(prompt), limit, f"{example.where}: the prompt")
+        for prompt, reference in generation_prompts([example], tokenizer, data, task):
+            refuse_overlong(model, len(prompt), f"{example.where}: the prompt")
             prompts.append(prompt)
             text = str(tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
             samples.append({"where": example.where, "prompt": text, "reference": reference})

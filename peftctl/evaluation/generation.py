@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from peftctl.data.conversations import Message
 from peftctl.data.turns import Chat
 from peftctl.errors import DataError, UsageError
 from peftctl.evaluation.mode import evaluating
+from peftctl.recipe.schema import Task
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -27,13 +29,13 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """Return the greedy continuation of every prompt, without the token that ended it.
+    """Return the greedy answer to every prompt, without the token that ended it.
 
     Nothing of the model's own generation settings applies but its end tokens. An answer also ends where the model's
     positions do.
 
     Args:
-        model: A causal language model, also inside a PeftModel.
+        model: A causal language model or an encoder-decoder, also inside a PeftModel.
         tokenizer: Gives the padding and end tokens.
         prompts: Token ids, at least one a prompt.
         max_new_tokens: The most tokens of an answer.
@@ -42,12 +44,11 @@ def generate(
     Raises:
         UsageError: A prompt is empty, or leaves no position for an answer.
     """
-    limit = position_limit(model)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {i + 1} is empty, and there is nothing to continue")
-        refuse_overlong(len(prompt), limit, f"prompt {i + 1}")
-    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+        refuse_overlong(model, len(prompt), f"prompt {i + 1}")
+    room = [min(max_new_tokens, answer_room(model, len(prompt))) for prompt in prompts]
     stops = stop_ids(model, tokenizer)
     # peft counts the positions of learned prompts through padding, so only prompts of one length go together there.
     equal = _virtual_tokens(model) is not None
@@ -58,10 +59,15 @@ def generate(
             members = list(group)
             for first in range(0, len(members), batch_size):
                 batch = members[first : first + batch_size]
-                settings = greedy_settings(tokenizer, stops, most)
+                settings = greedy_settings(model, tokenizer, stops, most)
                 for i, answer in zip(batch, _continue(model, [prompts[i] for i in batch], settings), strict=True):
                     answers[i] = answer
     return answers
+
+
+def prompts_of(model: Any) -> Task:
+    """Return the task whose prompts a model answers."""
+    return "seq2seq_lm" if model.config.is_encoder_decoder else "causal_lm"
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -78,13 +84,24 @@ def position_limit(model: Any) -> int | None:
     return None if positions is None else positions - (_virtual_tokens(model) or 0)
 
 
-def refuse_overlong(tokens: int, limit: int | None, what: str) -> None:
-    """Raise a UsageError where a prompt leaves no position for an answer."""
-    if limit is not None and tokens >= limit:
+def answer_room(model: Any, prompt_tokens: int) -> int:
+    """Return how many tokens of an answer the model has positions for: a decoder of its own counts from 0."""
+    limit = position_limit(model)
+    if limit is None:
+        return sys.maxsize
+    return limit if model.config.is_encoder_decoder else limit - prompt_tokens
+
+
+def refuse_overlong(model: Any, tokens: int, what: str) -> None:
+    """Raise a UsageError where the model has no positions for a prompt, or none for an answer behind it."""
+    limit = position_limit(model)
+    if limit is not None and tokens > limit - (not model.config.is_encoder_decoder):
         raise UsageError(f"{what} has {tokens} tokens, but the model has only {limit} positions; shorten it")
 
 
-def greedy_settings(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], max_new_tokens: int) -> GenerationConfig:
+def greedy_settings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], max_new_tokens: int
+) -> GenerationConfig:
     """Return settings of the library that take the likeliest token and nothing else."""
     from transformers import GenerationConfig
 
@@ -95,7 +112,17 @@ def greedy_settings(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], ma
         use_cache=True,
         eos_token_id=list(stops) or None,
         pad_token_id=pad if pad is not None else (stops[0] if stops else 0),
+        decoder_start_token_id=_decoder_start(model),
     )
+
+
+def _decoder_start(model: Any) -> int | None:
+    """Return the token that stands before an answer; None for a decoder that reads the prompt itself."""
+    if not model.config.is_encoder_decoder:
+        return None
+    own = model.generation_config
+    found = (own.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None), own.bos_token_id)
+    return next((token for token in found if token is not None), None)
 
 
 @contextmanager
@@ -115,19 +142,22 @@ def without_own_settings(model: Any) -> Iterator[None]:
 
 
 def _continue(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
-    """Return the new tokens of one batch, which is padded on the left."""
+    """Return the new tokens of one batch: prompts that are continued are padded on the left, others on the right."""
+    separate = model.config.is_encoder_decoder
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), settings.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        first = 0 if separate else width - len(prompt)
+        ids[row, first : first + len(prompt)] = torch.tensor(prompt)
+        mask[row, first : first + len(prompt)] = 1
     device = next(model.parameters()).device
     with without_own_settings(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported")  # peft, of what the library passes it
         output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
     stops = set(settings.eos_token_id or ())
-    return [_until(row[width:].tolist(), stops) for row in output]
+    before = 1 if separate else width  # the decoder's start token, or the prompt again
+    return [_until(row[before:].tolist(), stops) for row in output]
 
 
 def _until(ids: list[int], stops: set[int]) -> list[int]:

@@ -23,7 +23,7 @@ def held_out_loss(
     """Measure how well a model predicts the supervised tokens of rows.
 
     Args:
-        model: A causal language model; it is in its former mode afterwards.
+        model: A language model; it is in its former mode afterwards.
         rows: Held-out rows.
         collate: Pads rows to a batch.
         batch_size: Rows a forward pass; changes memory and time, not the result.
@@ -36,7 +36,7 @@ def held_out_loss(
         UsageError: No row has a supervised token.
     """
     # Rows of similar length together, so that little is padding; the longest first, so that memory runs out at once.
-    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    ordered = sorted(rows, key=lambda row: row.tokens, reverse=True)
     loss, correct, tokens = 0.0, 0, 0
     with evaluating(model) as device:
         for first in range(0, len(ordered), batch_size):

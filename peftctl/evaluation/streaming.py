@@ -32,14 +32,14 @@ def stream_text(
     """Yield an answer in pieces; closing the generator stops the model at its next token.
 
     Args:
-        model: A causal language model, in evaluation mode.
+        model: A causal language model or an encoder-decoder, in evaluation mode.
         tokenizer: Its tokenizer.
         prompt: Token ids, at least one.
         max_new_tokens: The most tokens of the answer.
         temperature: Above 0, draws tokens from the softmax of logits / temperature; 0 takes the likeliest.
     """
     stops = stop_ids(model, tokenizer)
-    settings = greedy_settings(tokenizer, stops, max_new_tokens)
+    settings = greedy_settings(model, tokenizer, stops, max_new_tokens)
     if temperature:
         settings.update(do_sample=True, temperature=temperature, top_k=0)
     ids: list[int] = []
@@ -104,7 +104,7 @@ class _TokenQueue(BaseStreamer):
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, which comes first, and then each token."""
+        """Take what comes first, the prompt or a decoder's start token, and then each token."""
         if self.prompt_seen:
             self.tokens.put(int(value.reshape(-1)[0]))
         self.prompt_seen = True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftctl.data.formats import Example
     from peftctl.models.supervised import Supervised
 
-Feature = Literal["4bit", "8bit", "zero2", "zero3", "gradient_checkpointing", "packing", "resume"]
+Feature = Literal["4bit", "8bit", "zero2", "zero3", "gradient_checkpointing", "packing", "resume", "new_tokens"]
 Gate = Literal["trains", "moved"]
 
 
@@ -130,6 +130,8 @@ class Method:
 
     def __init__(self, config: Any):
         self.config = config
+        self.new_token_ids: Sequence[int] = ()
+        """Ids of `model.add_tokens`, known before `count` and `apply`; the model has rows for them by then."""
 
     def load_options(self) -> LoadOptions:
         """Return what the model must be loaded with."""
@@ -147,6 +149,10 @@ class Method:
     def count(self, model: PreTrainedModel) -> int:
         """Return the closed-form number of trainable parameters on this base model, before `apply`."""
         raise NotImplementedError
+
+    def notices(self, model: PreTrainedModel) -> Sequence[str]:
+        """Return lines on what the configuration selects on this base model, for the user to read before training."""
+        return ()
 
     def apply(self, model: PreTrainedModel, context: Context) -> Any:
         """Inject, patch, initialise or choose what trains; return the model to train (often a PeftModel)."""

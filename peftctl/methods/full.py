@@ -32,8 +32,9 @@ class Method(base.Method):
         summary="Every weight trains; the result is a whole model.",
         trains="all parameters",
         count="all parameters, tied ones once",
+        tasks=("causal_lm", "seq2seq_lm"),
         merge_note="the result is a whole model already",
-        supports=frozenset({"gradient_checkpointing", "resume"}),
+        supports=frozenset({"new_tokens", "gradient_checkpointing", "resume"}),
     )
 
     def load_options(self) -> base.LoadOptions:

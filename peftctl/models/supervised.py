@@ -1,4 +1,7 @@
-"""Forward passes that compute logits only at positions whose next token carries a label.
+"""Forward passes that compute logits only at positions that predict a supervised token.
+
+A decoder-only model predicts at each position the token that follows in its input. The decoder of an encoder-decoder
+reads the labels shifted by one, with a start token before them, and predicts at each position the label of the same.
 
 The logits of the other positions do not enter the loss, so leaving them out changes neither the loss nor a gradient; it
 saves their share of the head's matrix product and of (batch x seq x vocab) memory. A pre-hook on the output
@@ -14,6 +17,8 @@ from typing import Any
 
 import torch
 
+from peftctl.errors import UsageError
+
 IGNORED = -100
 _CHUNK = 1024
 """Rows of logits that are widened to float32 at a time."""
@@ -24,16 +29,18 @@ class Supervised:
     """The supervised positions of a batch, row after row.
 
     Args:
-        logits: (n, vocab), of the positions *before* the supervised tokens.
+        logits: (n, vocab), of the positions that predict the supervised tokens.
         labels: (n,), the supervised tokens.
+        smoothing: ε, the share of the target that `cross_entropy` spreads evenly over the vocabulary.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
+    smoothing: float = 0.0
 
     def cross_entropy(self) -> torch.Tensor:
         """Return the scalar sum of cross-entropies, in float32 or wider; 0, still with a graph, where n is 0."""
-        return _SummedCrossEntropy.apply(self.logits, self.labels)
+        return _SummedCrossEntropy.apply(self.logits, self.labels, self.smoothing)
 
     def correct(self) -> torch.Tensor:
         """Return the scalar number of labels that have the highest logit."""
@@ -41,32 +48,61 @@ class Supervised:
 
 
 def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor]) -> Supervised:
-    """Run a causal language model and return its logits at supervised positions.
+    """Run a language model and return its logits at supervised positions.
 
-    Token 0 of a row is never supervised, whatever its label: a plain model has nothing to predict it from.
+    Token 0 of a row is never supervised in a causal model, whatever its label: there is nothing to predict it from.
 
     Args:
-        model: A causal language model, also inside a PeftModel; prompts that lengthen the sequence are fine.
-        batch: input_ids, attention_mask and labels, (batch, seq), padded on either side; further fields are passed on.
+        model: A causal language model or an encoder-decoder, also inside a PeftModel; prompts that lengthen the
+            sequence are fine.
+        batch: input_ids and attention_mask, (batch, seq), and labels, (batch, seq), padded on either side. Labels of
+            an encoder-decoder have a length of their own and are padded on the right. Further fields are passed on.
 
     Returns:
-        n = number of labels[:, 1:] that are not -100.
+        n = `count_supervised(model, labels)`.
     """
     labels = batch["labels"]
+    predicted = _predicted(model, labels)
     # Found once and early: every look-up by a mask would make the host wait for the device.
-    row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    row, position = (predicted != IGNORED).nonzero(as_tuple=True)
     places = _Places(row, position, labels.shape[1])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     with _rows_before_head(model, places) as hooked:
         logits = model(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
     chosen = logits.squeeze(0) if hooked else places.pick(logits)
-    return Supervised(chosen, labels[row, position + 1].to(chosen.device))
+    return Supervised(chosen, predicted[row, position].to(chosen.device))
+
+
+def count_supervised(model: Any, labels: torch.Tensor) -> int:
+    """Return the number of tokens that a model predicts and is trained on."""
+    return int((_predicted(model, labels) != IGNORED).sum())
+
+
+def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return what the decoder of an encoder-decoder reads to predict labels, (batch, seq), by the model's own rule.
+
+    Raises:
+        UsageError: The architecture has no such rule.
+    """
+    try:
+        shift = model.prepare_decoder_input_ids_from_labels
+    except AttributeError as error:
+        kind = model.config.model_type
+        raise UsageError(f"model.task: the {kind} architecture can't be trained as seq2seq_lm here") from error
+    return shift(labels=labels)
+
+
+def _predicted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return the labels that positions 0, 1, ... of the logits predict."""
+    return labels if model.config.is_encoder_decoder else labels[:, 1:]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the supervised tokens' predecessors are: (n,) rows, (n,) positions in rows of `seq` tokens."""
+    """Where the supervised tokens are predicted: (n,) rows, (n,) positions in rows of `seq` tokens."""
 
     row: torch.Tensor
     position: torch.Tensor
@@ -101,26 +137,38 @@ def _rows_before_head(model: Any, places: _Places) -> Iterator[list[bool]]:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Σ logsumexp(z) - z[label], whose backward pass keeps (n,) log-sums instead of a float32 copy of the logits."""
+    """Σ logsumexp(z) - (1-ε) z[label] - ε mean(z): the cross-entropy to (1-ε) onehot(label) + ε uniform.
+
+    Label smoothing as in Szegedy et al. 2015 (arXiv 1512.00567), section 7. dz = softmax(z) - (1-ε) onehot(label) -
+    ε/vocab, so that the backward pass keeps (n,) log-sums instead of a float32 copy of the logits.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        sums = [torch.logsumexp(_wide(rows), dim=-1) for rows in logits.split(_CHUNK)]
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+        sums, targets = [], []
+        for rows, its_labels in zip(logits.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            wide = _wide(rows)
+            sums.append(torch.logsumexp(wide, dim=-1))
+            target = wide.gather(1, its_labels[:, None])[:, 0]
+            targets.append(target if not smoothing else target.lerp(wide.mean(dim=-1), smoothing))
         log_sums = torch.cat(sums)
         ctx.save_for_backward(logits, labels, log_sums)
-        return (log_sums - logits.gather(1, labels[:, None])[:, 0].to(log_sums.dtype)).sum()
+        ctx.smoothing = smoothing
+        return (log_sums - torch.cat(targets)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         logits, labels, log_sums = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for first in range(0, len(logits), _CHUNK):
             rows = slice(first, first + _CHUNK)
             chunk = (_wide(logits[rows]) - log_sums[rows, None]).exp_()
-            chunk.scatter_add_(1, labels[rows, None], -torch.ones_like(log_sums[rows, None]))
+            if ctx.smoothing:
+                chunk.sub_(ctx.smoothing / logits.shape[1])
+            chunk.scatter_add_(1, labels[rows, None], torch.full_like(log_sums[rows, None], ctx.smoothing - 1.0))
             gradient[rows] = chunk.mul_(upstream)
-        return gradient, None
+        return gradient, None, None
 
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ def recipe_json_schema(methods: Mapping[str, MethodSchema]) -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema()
     definitions = schema.setdefault("$defs", {})
+    definitions["DataSection"]["anyOf"] = [{"required": ["train"]}, {"required": ["sources"]}]
     for name, method in methods.items():
         definitions |= _method_definitions(name, method.config)
     schema["properties"]["method"] = {

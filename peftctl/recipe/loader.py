@@ -60,6 +60,22 @@ def read_recipe(path: str | Path, overrides: Sequence[str], methods: Mapping[str
     return draft.finish()
 
 
+def place_of(path: str | Path, overrides: Sequence[str], key: str) -> str:
+    """Return where a recipe or an override sets a key, as `file:line:column` or `command line: KEY`.
+
+    For a key that is set nowhere, the nearest section around it; for one that the method implies, also that.
+
+    Args:
+        path: As given to `read_recipe`, which has read it without an error.
+        overrides: The same.
+        key: Dotted.
+    """
+    file = paths.find_recipe(path)
+    root, _ = _read_tree(file, str(path) if file == Path(os.path.expanduser(path)) else str(file))
+    root, _, _ = apply_overrides(root, overrides)
+    return key_place(root, tuple(key.split("."))).text
+
+
 def _read_tree(file: Path, shown: str) -> tuple[Table, list[Finding]]:
     """Return a file's tree, and what is wrong with single keys and values of it."""
     try:
@@ -249,6 +265,7 @@ class _Draft:
             for i, source in enumerate(self.parts["data"].sources):  # type: ignore[attr-defined]
                 found = self._files(("data", "sources", i, "path"), source.path)
                 resolved["sources"].append(source.model_copy(update={"path": _one_or_all(found)}))
+                self._refuse_leak(i, found, {os.path.realpath(name) for name, _ in trained})
                 trained = trained + found
         trained_on = {os.path.realpath(name) for name, _ in trained if os.path.isabs(name)}
         for name, place in files.get("eval", ()):
@@ -257,11 +274,19 @@ class _Draft:
                 self._report(place, message, "hold out other rows, or use data.eval_fraction")
         return resolved
 
+    def _refuse_leak(self, index: int, files: list[tuple[str, Place]], earlier: set[str]) -> None:
+        """Report files that an earlier source has too: a row held out of one would be trained on in the other."""
+        for name, place in files if self.values.get("data.eval_fraction") else ():
+            if os.path.realpath(name) in earlier:
+                message = f"data.sources[{index}].path: {os.path.basename(name)} is in an earlier source too"
+                hint = "so data.eval_fraction would hold out rows that are trained on: name data.eval, or remove it"
+                self._report(place, message, hint)
+
     def _files(self, key: nodes.Path, value: str | list[str]) -> list[tuple[str, Place]]:
         """Return the files of a key of `data:` (or one hub id), each with the place of its entry."""
         entries = value if isinstance(value, list) else [value]
         if not entries:
-            message = f"{problems.dotted(key)}: expected at least one file, got an empty list"
+            message = f"{nodes.dotted(key)}: expected at least one file, got an empty list"
             self._report(self._value_place(key), message)
         found: list[tuple[str, Place]] = []
         for index, entry in enumerate(entries):
@@ -269,7 +294,7 @@ class _Draft:
             place = self._value_place(path)
             resolved = self._try(path, paths.resolve_data, entry, self.folder)
             if isinstance(resolved, str) and len(entries) > 1:
-                message = f"{problems.dotted(path)}: '{resolved}' is no file, and a hub id stands alone"
+                message = f"{nodes.dotted(path)}: '{resolved}' is no file, and a hub id stands alone"
                 self._report(place, message, "correct the path, or write the hub id without a list")
             found += [(name, place) for name in ([resolved] if isinstance(resolved, str) else resolved or ())]
         return found
@@ -283,7 +308,7 @@ class _Draft:
         try:
             return resolve(*arguments)
         except paths.Unresolved as error:
-            self._report(self._value_place(path), f"{problems.dotted(path)}: {error.message}", error.hint)
+            self._report(self._value_place(path), f"{nodes.dotted(path)}: {error.message}", error.hint)
             return None
 
     def _report(self, place: Place, message: str, hint: str = "") -> None:

@@ -157,6 +157,14 @@ def key_place(root: Table, path: Path) -> Place:
     return place
 
 
+def dotted(path: Path) -> str:
+    """Return a path as users write it, e.g. `data.train[1]`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
 def is_reported(node: Node) -> bool:
     """Tell whether the node could not be read and the findings say why."""
     return isinstance(node, Scalar) and node.value is BROKEN and not node.reason

@@ -61,8 +61,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if os.path.isfile(path):
         return Path(path)
     parts = Path(path).parts
-    if parts and parts[:-1] in ((), ("recipes",)) and Path(path).suffix in ("", ".yaml"):
-        shipped = data_root() / "recipes" / f"{Path(path).stem}.yaml"
+    if parts and parts[:-1] in ((), ("recipes",)):
+        shipped = data_root() / "recipes" / f"{parts[-1].removesuffix('.yaml')}.yaml"
         if os.path.isfile(shipped):
             return shipped
     if os.path.isdir(path):

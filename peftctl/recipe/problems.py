@@ -11,7 +11,20 @@ from pydantic import BaseModel, ValidationError
 
 from peftctl.errors import did_you_mean
 from peftctl.recipe.expected import annotation_at, choices, did_you_mean_one, fields_at, got, in_words
-from peftctl.recipe.nodes import BROKEN, Finding, Items, Node, Path, Place, Scalar, Table, find, key_place, plain
+from peftctl.recipe.nodes import (
+    BROKEN,
+    Finding,
+    Items,
+    Node,
+    Path,
+    Place,
+    Scalar,
+    Table,
+    dotted,
+    find,
+    key_place,
+    plain,
+)
 from peftctl.recipe.schema import NOT_YET, Recipe
 from peftctl.recipe.tree import resolve_scalar
 
@@ -107,14 +120,6 @@ def unknown_key(path: Path, known: Iterable[str], context: Context) -> Finding:
     elif "." in key:
         hint = "write nested sections; dotted keys are for the command line"
     return Finding(place, f"{name}: unknown key", hint or (did_you_mean(key, known) if known else ""))
-
-
-def dotted(path: Path) -> str:
-    """Return a path as users write it, e.g. `data.train[1]`."""
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
 
 
 def _by_path(error: ValidationError, node: Node) -> Errors:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftctl.errors import did_you_mean
-from peftctl.recipe.nodes import Finding, Path, Place, Table, find, key_place
+from peftctl.recipe.nodes import Finding, Path, Place, Table, dotted, find, key_place
 from peftctl.recipe.overrides import RIVALS
 
 FORMAT_FIELDS = {
@@ -26,6 +26,7 @@ FORMAT_FIELDS = {
 UNREAD_BY_FORMAT = dict.fromkeys(("text", "labelled_text", "tokens_tags"), ("template", "loss_on"))
 
 _FORMAT_OF_TASK = {"seq_cls": "labelled_text", "token_cls": "tokens_tags"}
+_ANSWER_FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class View:
         """Return the place of the first of these dotted keys that is explicit, else of the first one's section."""
         key = next((key for key in keys if key in self.explicit), keys[0])
         return key_place(self.root, tuple(key.split(".")))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How some rows are laid out, and which keys say so.
+
+    Args:
+        format: Their format.
+        columns: Our field name -> theirs.
+        format_at: Path of the key that sets the format.
+        columns_at: Path of the key that sets the columns.
+    """
+
+    format: str
+    columns: Mapping[str, str]
+    format_at: Path = ("data", "format")
+    columns_at: Path = ("data", "columns")
 
 
 def conflicts(view: View) -> Iterator[Finding]:
@@ -127,35 +145,66 @@ def _held_out(view: View) -> Iterator[Finding]:
             yield Finding(view.at(key), message, "set data.eval (or data.eval_fraction) and train.eval_steps")
 
 
+def unread_by_all(formats: Iterable[str]) -> list[str]:
+    """Return the keys of `data:` that none of these formats reads, at least one being given."""
+    first, *others = [UNREAD_BY_FORMAT.get(name, ()) for name in formats]
+    return [key for key in first if all(key in unread for unread in others)]
+
+
+def _layouts(view: View) -> Iterator[Layout]:
+    """Yield the layout of every kind of rows; of none whose keys have errors."""
+    name, columns, sources = (view.values.get(f"data.{key}") for key in ("format", "columns", "sources"))
+    if name is None or columns is None or "data.sources" not in view.values:
+        return
+    if sources is None or view.values.get("data.eval") is not None:
+        yield Layout(name, columns)
+    for i, source in enumerate(sources or ()):
+        layout = Layout(name, columns)
+        if source.get("format"):
+            layout = replace(layout, format=source["format"], format_at=("data", "sources", i, "format"))
+        if source.get("columns") is not None:
+            layout = replace(layout, columns=source["columns"], columns_at=("data", "sources", i, "columns"))
+        yield layout
+
+
 def _unread_by_format(view: View) -> Iterator[Finding]:
-    name = view.values.get("data.format")
-    for key in UNREAD_BY_FORMAT.get(str(name), ()):
+    formats = dict.fromkeys(layout.format for layout in _layouts(view))
+    for key in unread_by_all(formats) if formats else ():
         if f"data.{key}" in view.explicit:
-            yield Finding(view.at(f"data.{key}"), f"data.{key}: format {name} does not read it", "remove it")
+            message = f"data.{key}: format {' or '.join(formats)} does not read it"
+            yield Finding(view.at(f"data.{key}"), message, "remove it")
 
 
 def _format_and_task(view: View) -> Iterator[Finding]:
-    name, task = view.values.get("data.format"), view.values.get("model.task")
-    if name is None or task is None:
+    task = view.values.get("model.task")
+    if task is None:
         return
     wanted = _FORMAT_OF_TASK.get(task)
-    fitting = [wanted] if wanted else [f for f in FORMAT_FIELDS if f not in _FORMAT_OF_TASK.values()]
-    if name not in fitting:
-        message = f"data.format: {name} does not fit model.task {task}"
-        yield Finding(
-            view.at("data.format", "model.task"), message, f"use {' or '.join(fitting)}, or change model.task"
-        )
+    fitting = [wanted] if wanted else [*_ANSWER_FORMATS, *(["text"] if task == "causal_lm" else [])]
+    if view.values.get("data.loss_on") == "all" and task == "seq2seq_lm":
+        message = "data.loss_on: all has no meaning for seq2seq_lm: it reads prompts and writes answers"
+        yield Finding(view.at("data.loss_on"), message, "remove it")
+    for layout in _layouts(view):
+        if layout.format in fitting:
+            continue
+        key = dotted(layout.format_at)
+        place = key_place(view.root, layout.format_at) if len(layout.format_at) > 2 else view.at(key, "model.task")
+        message = f"{key}: {layout.format} does not fit model.task {task}"
+        yield Finding(place, message, f"use {' or '.join(fitting)}, or change model.task")
 
 
 def _columns(view: View) -> Iterator[Finding]:
-    name, columns = view.values.get("data.format"), view.values.get("data.columns")
-    if name is None or columns is None:
-        return
-    for field in columns:
-        if field not in FORMAT_FIELDS[name]:
-            path: Path = ("data", "columns", field)
-            message = f"data.columns.{field}: not a field of format {name}"
-            yield Finding(key_place(view.root, path), message, did_you_mean(field, FORMAT_FIELDS[name]))
+    for layout in _layouts(view):
+        known = FORMAT_FIELDS[layout.format]
+        for field in layout.columns:
+            if field in known:
+                continue
+            path: Path = (*layout.columns_at, field)
+            message = f"{dotted(path)}: not a field of format {layout.format}"
+            hint = did_you_mean(field, known)
+            if len(layout.format_at) > len(layout.columns_at):
+                hint = f"give {dotted(layout.format_at[:-1])}, which has that format, columns of its own"
+            yield Finding(key_place(view.root, path), message, hint)
 
 
 def _pattern(view: View) -> Iterator[Finding]:

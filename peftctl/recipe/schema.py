@@ -72,7 +72,8 @@ class Source(Section):
     path: str | list[str]
     """File(s), glob, directory or hub id."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often an epoch sees each of its rows: 2 twice; 0.25 a quarter of them, drawn by the seed."""
+    """How often an epoch sees each of its rows: 2 twice; 0.25 a quarter of them, drawn by the seed, the same ones in
+    every epoch."""
     format: Format | None = None
     """How its rows are laid out; left out, `data.format`."""
     columns: dict[str, str] | None = None
@@ -81,6 +82,8 @@ class Source(Section):
 
 class DataSection(Section):
     """Rows, their format, and what of them is trained on."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["train"]}, {"required": ["sources"]}]})
 
     train: str | list[str] | None = None
     """File(s), glob, directory or hub id: json, jsonl, csv, parquet, arrow, txt. This or `sources` is required."""
@@ -130,7 +133,7 @@ class TrainSection(Section):
     warmup_steps: Count | None = None
     """The same in optimizer steps."""
     weight_decay: Rate = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decay of matrices, not of vectors: decoupled from the gradient, but for sgd, which adds it to the gradient."""
     optimizer: Optimizer = "adamw"
     """Optimizer of the trainable tensors."""
     max_grad_norm: Rate = 1.0
@@ -144,13 +147,14 @@ class TrainSection(Section):
     save_steps: Positive | None = None
     """Optimizer steps between two checkpoints; left out, once an epoch."""
     save_total_limit: Positive = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept; those that `load_best` needs come on top."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers that get the metrics too."""
     neftune_noise: Rate = 0.0
-    """NEFTune's alpha: uniform noise of size alpha / sqrt(seq * d) on the input embeddings, in training only."""
+    """NEFTune's alpha: uniform noise of size alpha / sqrt(seq * d), seq being the row's own length, on the input
+    embeddings, in training only."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread evenly over the vocabulary, in training only."""
     load_best: bool = False

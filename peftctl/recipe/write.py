@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from peftctl.recipe.rules import UNREAD_BY_FORMAT
-from peftctl.recipe.schema import Recipe
+from peftctl.recipe.rules import unread_by_all
+from peftctl.recipe.schema import DataSection, Recipe
 from peftctl.recipe.tree import resolve_scalar
 
 _UNSET = "unset"
@@ -25,14 +25,14 @@ def dump_recipe(recipe: Recipe, unread: Collection[str] = ()) -> str:
         recipe: Any valid recipe.
         unread: Dotted keys that the method never reads.
     """
-    silent = {*unread, *(f"data.{key}" for key in UNREAD_BY_FORMAT.get(recipe.data.format, ()))}
+    silent = {*unread, *(f"data.{key}" for key in unread_by_all(_formats(recipe.data)))}
     if recipe.train.max_steps is not None:
         silent.add("train.epochs")
     sections = {}
     for name, section in recipe:
         kept = {
             key: _escaped(value)
-            for key, value in section.model_dump().items()
+            for key, value in section
             if f"{name}.{key}" not in silent and name not in silent and not _is_silent_null(section, key, value)
         }
         if kept:
@@ -66,10 +66,19 @@ def _is_silent_null(section: BaseModel, key: str, value: Any) -> bool:
     return value is None and default is None and key not in section.model_fields_set
 
 
+def _formats(data: DataSection) -> set[str]:
+    """Return the formats of all rows that the section names."""
+    own: set[str] = {source.format or data.format for source in data.sources or ()}
+    return {*own, data.format} if data.eval is not None or not own else own
+
+
 def _escaped(value: Any) -> Any:
-    """Return the value with `${` protected from being read as a variable."""
+    """Return the value as plain data, with `${` protected from being read as a variable."""
     if isinstance(value, str):
         return value.replace("${", "$${")
+    if isinstance(value, BaseModel):  # an entry of a list; reading keeps no difference between null and silence there
+        fields = type(value).model_fields
+        return {key: _escaped(item) for key, item in value if item is not None or fields[key].default is not None}
     if isinstance(value, Mapping):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -82,6 +91,9 @@ def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
         dotted = f"{path}.{key}" if path else str(key)
         if isinstance(item, Mapping):
             yield from _leaves(item, dotted)
+        elif isinstance(item, list) and item and all(isinstance(entry, Mapping) for entry in item):
+            for i, entry in enumerate(item):
+                yield from _leaves(entry, f"{dotted}[{i}]")
         else:
             yield dotted, item
 

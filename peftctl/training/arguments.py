@@ -14,7 +14,7 @@ from peftctl.training.optimizers import LIBRARY_NAMES
 
 
 def library_arguments(
-    recipe: Recipe, run: RunDir, *, autocast: bool, max_steps: int, use_cpu: bool
+    recipe: Recipe, run: RunDir, *, autocast: bool, max_steps: int, use_cpu: bool, select: bool
 ) -> TrainingArguments:
     """Return the library's settings for a stage.
 
@@ -24,6 +24,7 @@ def library_arguments(
         autocast: Run the forward in the recipe's dtype over float32 weights.
         max_steps: Optimizer steps of the stage, or -1 for the recipe's epochs.
         use_cpu: No accelerator is present.
+        select: Remember the lowest held-out loss.
     """
     train = recipe.train
     saving: Mapping[str, Any] = {"save_strategy": "epoch"}
@@ -32,6 +33,8 @@ def library_arguments(
     evaluating: Mapping[str, Any] = {}
     if train.eval_steps:
         evaluating = {"eval_strategy": "steps", "eval_steps": train.eval_steps}
+    if select:
+        evaluating = {**evaluating, "metric_for_best_model": "loss", "greater_is_better": False}
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=train.epochs,

@@ -36,6 +36,7 @@ class StageMark:
         train_tokens: Tokens seen so far, padding excluded.
         supervised_tokens: Those that were trained on.
         seconds: Training time so far.
+        best: Optimizer steps at the lowest held-out loss so far, where `load_best` will need that checkpoint.
     """
 
     index: int
@@ -44,6 +45,7 @@ class StageMark:
     train_tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    best: int | None = None
 
 
 def write_state(folder: Path, model: nn.Module, optimizer: Any, method: Method, mark: StageMark) -> None:

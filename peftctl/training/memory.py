@@ -1,115 +1,228 @@
-"""What a run will need, in bytes, from the model's shapes: weights, gradients, optimizer, activations, logits.
+"""What a run will need, in bytes of one process at the peak of a step, from the model's shapes. Nothing is loaded.
 
-Nothing is loaded. The activation term counts the tensors that autograd keeps in one decoder block (see `_block_bytes`);
-it was derived, not fitted; runs report what they measured beside it.
+Weights, gradients, optimizer state and quantised weights follow from the parameters; what a step allocates beside them
+is counted by running it on tensors without memory (`step_bytes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftctl.errors import UsageError
-from peftctl.recipe.schema import Recipe
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Optimizer state per trainable parameter: two float32 moments; two 8-bit ones; factored; none.
-OPTIMIZER_BYTES = {
-    "adamw": 8,
-    "paged_adamw_32bit": 8,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "adafactor": 0,
-    "sgd": 0,
-}
+from peftctl.backends.device import dtype_of
+from peftctl.backends.heap import heap_limit
+from peftctl.data.encode import EncodedRow
+from peftctl.errors import UsageError
+from peftctl.methods.base import Method
+from peftctl.recipe.schema import QuantizationSection, Recipe
+from peftctl.training.sharing import Sharing, read_sharing
+from peftctl.training.step_bytes import StepBytes, StepSettings, step_bytes
+from peftctl.training.widths import step_bytes_by_widths, widest_rows
+
+CUDA_CONTEXT = 512 * 2**20
+"""What the driver, kernels and libraries take on a GPU beside PyTorch's own count: a usual figure."""
+HEAP_HOLES = 0.62
+"""Bytes of holes in glibc's heap per byte of activations in it: measured, see `backends/heap.py`."""
+_MIN_8BIT_SIZE = 4096
+"""Tensors below this size keep 32-bit states in 8-bit optimizers."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of one process at the peak of a training step."""
+class Machine:
+    """Where the run is to happen.
 
+    Args:
+        kind: `cpu`, `cuda` or `mps`.
+        processes: How many train together.
+        process_bytes: Main memory in use before the model is there.
+    """
+
+    kind: str
+    processes: int = 1
+    process_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one process at the peak of a training step.
+
+    Args:
+        device: Kind of the device, see `Machine`.
+        weights: Of all parameters that are not quantised.
+        quantised: Quantised weights with their scales.
+        gradients: Of trainable parameters, where they add to the peak.
+        optimizer: Its state, and the float32 copies that DeepSpeed keeps of 16-bit weights.
+        activations: What the backward pass needs, and temporaries.
+        logits: The head's output at supervised positions, its gradient, and what the loss needs.
+        sharing: Buffers for gradients and weights on their way between processes.
+        allocator: Holes in the heap that no later tensor fits.
+        process: The interpreter and its libraries on a CPU, the driver's context on a GPU.
+        host: Main memory beside the device's: offloaded and paged optimizer state and weights.
+        traced: Whether the step was run on tensors without memory; else it is estimated from the model's widths.
+    """
+
+    device: str
     weights: int
+    quantised: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    sharing: int
+    allocator: int
     process: int
-    """The interpreter and its libraries, where they share the memory with the model (CPU)."""
+    host: int
+    traced: bool
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to the total."""
+        return {name: value for name, value in vars(self).items() if name not in ("device", "host", "traced")}
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process
+        """Bytes on the device."""
+        return sum(self.parts.values())
+
+    @property
+    def measurable(self) -> int:
+        """Bytes that `peak_memory_bytes` of a run sees: on a GPU it counts PyTorch's tensors alone."""
+        return self.total if self.device == "cpu" else self.total - self.process
 
 
 def plan_memory(
-    recipe: Recipe, model: Any, lengths: Sequence[int], supervised: Sequence[int], *, process_bytes: int
+    recipe: Recipe, method: Method, model: Any, rows: Sequence[EncodedRow], collate: Any, machine: Machine
 ) -> MemoryPlan:
-    """Plan the peak of a step over the longest rows.
+    """Plan the peak of a run.
 
     Args:
-        recipe: The run's recipe.
-        model: With the method applied, on the meta device.
-        lengths: Tokens of each training row.
-        supervised: Supervised tokens of each training row.
-        process_bytes: Memory in use before the model is there, or 0 where the model lives on a device of its own.
+        recipe: The run's recipe, with a concrete dtype.
+        method: The recipe's.
+        model: With the method applied, on the meta device, in the types that training has; it is not changed.
+        rows: The training rows.
+        collate: Makes a batch of rows.
+        machine: Where it is to run.
+
+    Raises:
+        UsageError: The DeepSpeed configuration can't be read, or the model's widths can't.
     """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * (4 if p.requires_grad else p.element_size()) for p in model.parameters())
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: recipe.train.batch_size]
-    tokens = len(longest) * max(lengths[i] for i in longest)
-    compute = DTYPE_BYTES[recipe.model.dtype]
-    config = model.config
-    layers = _layers_with_graph(model)
-    block = _block_bytes(config.hidden_size, _feed_forward(config), compute)
-    if recipe.train.gradient_checkpointing:  # one block at a time is recomputed; its input is kept for each
-        activations = tokens * (block + layers * config.hidden_size * compute)
-    else:
-        activations = tokens * block * layers
-    positions = sum(supervised[i] for i in longest)
-    logits = positions * config.vocab_size * 2 * compute  # themselves and their gradient
+    stored = quantised_layers(model, recipe.quantization)
+    quantised = {id(m.weight) for m in stored.values()}
+    plain = [p for p in model.parameters() if id(p) not in quantised]
+    share = read_sharing(recipe, machine.processes, offloads=machine.kind != "cpu")
+    state = share.state(plain, optimizer_bytes(recipe, plain), model.get_input_embeddings().weight.shape[-1])
+    settings = _settings(recipe, method, stored, share, machine)
+    step, traced = _step(model, rows, collate, recipe, settings, machine.processes)
+    optimizer, host = state.optimizer, state.host
+    if machine.kind == "cuda" and recipe.train.optimizer.startswith("paged"):  # moves out when the device is full
+        optimizer, host = 0, host + optimizer
     return MemoryPlan(
-        weights=weights,
-        gradients=trainable * 4,
-        optimizer=trainable * OPTIMIZER_BYTES[recipe.train.optimizer],
-        activations=activations,
-        logits=logits,
-        process=process_bytes,
+        device=machine.kind,
+        weights=state.weights,
+        quantised=quantised_bytes(model, recipe.quantization),
+        gradients=state.gradients if settings.accumulates else step.gradients,
+        optimizer=optimizer,
+        activations=step.activations,
+        logits=step.logits,
+        sharing=state.buffers,
+        allocator=round(HEAP_HOLES * step.heap),
+        process={"cpu": machine.process_bytes, "cuda": CUDA_CONTEXT}.get(machine.kind, 0),
+        host=host,
+        traced=traced,
     )
 
 
-def _block_bytes(hidden: int, feed_forward: int, compute: int) -> int:
-    """Return bytes a token that a gated decoder block keeps for its backward pass.
+def quantised_layers(model: Any, quantization: QuantizationSection) -> dict[str, Any]:
+    """Return the linear layers whose weights are stored quantised, by name: all frozen ones but the output head.
 
-    Two norms keep a float32 copy of their input and their output; attention keeps query, key, value and output; the
-    feed-forward part keeps the gate before and after its activation, the up projection and their product.
+    Args:
+        model: A base model, or one with a method applied.
+        quantization: None of them where it has no `bits`.
     """
-    norms = 2 * hidden * (4 + compute)
-    attention = 4 * hidden * compute
-    return norms + attention + 4 * feed_forward * compute
+    if quantization.bits is None:
+        return {}
+    head = model.get_output_embeddings()
+    bare = all(p.requires_grad for p in model.parameters())  # nothing is frozen in a base model before the method
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and (bare or not module.weight.requires_grad)
+    }
 
 
-def _layers_with_graph(model: Any) -> int:
-    """Return the number of blocks from the first with a trainable tensor to the last: below it nothing is kept."""
-    from peftctl.models.anatomy import block_list
+def quantised_bytes(model: Any, quantization: QuantizationSection) -> int:
+    """Return the bytes of the quantised weights with their scales, as bitsandbytes stores them.
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    blocks = block_list(base)[1]
-    first = next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
-    if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
-        first = 0
-    return len(blocks) - first
+    4 bits and a float32 scale a block of 64 weights, 4.5 bits; with double quantisation the scales take 8 bits and one
+    float32 a block of 256 of them, 4.127 bits (Dettmers et al. 2023). 8 bits and a float32 scale a row of int8.
+    """
+    total = 0
+    for layer in quantised_layers(model, quantization).values():
+        size = layer.weight.numel()
+        blocks = math.ceil(size / 64)
+        if quantization.bits == 8:
+            rows = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+            total += size + 4 * rows
+        elif quantization.double_quant is False:
+            total += math.ceil(size / 2) + 4 * blocks + _TABLE
+        else:
+            total += math.ceil(size / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 + _TABLE + _NESTED_TABLE
+    return total
 
 
-def _feed_forward(config: Any) -> int:
-    """Return the width of the feed-forward part, under the names that configurations use."""
-    for name in ("intermediate_size", "ffn_dim", "n_inner", "d_ff"):
-        width = getattr(config, name, None)
-        if width:
-            return width
-    return 4 * config.hidden_size
+_TABLE, _NESTED_TABLE = 16 * 4, 256 * 4
+"""Bytes of the tables of values that every layer has of its own."""
+
+
+def optimizer_bytes(recipe: Recipe, parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the optimizer's state: two float32 or 8-bit moments, factored second moments, or nothing."""
+    name = recipe.train.optimizer
+    trainable = [p for p in parameters if p.requires_grad]
+    if name == "sgd":
+        return 0
+    if name == "adafactor":
+        return sum(4 * (sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel()) for p in trainable)
+    if name.endswith("8bit"):  # with a float32 scale a block of 256, twice
+        return sum(p.numel() * 2 + p.numel() // 32 if p.numel() >= _MIN_8BIT_SIZE else 8 * p.numel() for p in trainable)
+    return sum(8 * p.numel() for p in trainable)
+
+
+def _settings(
+    recipe: Recipe, method: Method, stored: Mapping[str, Any], share: Sharing, machine: Machine
+) -> StepSettings:
+    dtype = dtype_of(recipe.model.dtype)
+    compute = recipe.quantization.compute_dtype
+    checkpointing = recipe.train.gradient_checkpointing
+    return StepSettings(
+        loss=method.loss,
+        autocast=dtype if method.autocast and dtype is not torch.float32 else None,
+        checkpointing=checkpointing,
+        accumulates=recipe.train.gradient_accumulation > 1 or share.keeps_gradients,
+        stored=dict.fromkeys(stored, recipe.quantization.bits or 0),
+        compute=dtype_of(compute) if compute else dtype,
+        on_gpu=machine.kind == "cuda",
+        heap_limit=heap_limit(spared=checkpointing) if machine.kind == "cpu" else 0,
+    )
+
+
+def _step(
+    model: Any, rows: Sequence[EncodedRow], collate: Any, recipe: Recipe, settings: StepSettings, processes: int
+) -> tuple[StepBytes, bool]:
+    """Return the bytes of the widest step, and whether they were counted rather than estimated."""
+    if not rows or not any(p.requires_grad for p in model.parameters()):
+        return StepBytes(0, 0, 0, 0), True
+    batch = collate(widest_rows(rows, recipe, model, processes))
+    try:
+        return step_bytes(model, batch, settings), True
+    except Exception:  # shapes without a forward pass, or code of the model's own that looks at numbers
+        return step_bytes_by_widths(model, batch, settings), False
 
 
 def parse_bytes(text: str) -> int:

@@ -20,7 +20,25 @@ from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import library_arguments
 from peftctl.training.checkpoints import StageMark, read_mark
 from peftctl.training.signals import stop_on_signal
-from peftctl.training.trainer import MethodTrainer, StageRun, Workload
+from peftctl.training.trainer import MethodTrainer
+from peftctl.training.workload import StageRun, Workload
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which weights a run ended with.
+
+    Args:
+        best_step: Optimizer steps at the lowest held-out loss; None where no loss was finite.
+        best_eval_loss: That loss.
+        step_of_weights: Optimizer steps of the weights that the artefact has.
+        stopped_early: Whether `early_stopping` ended the run.
+    """
+
+    best_step: int | None
+    best_eval_loss: float | None
+    step_of_weights: int | None
+    stopped_early: bool
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ class Trained:
         supervised_tokens: Tokens that were trained on.
         seconds: Training time, evaluation excluded.
         loss: Mean loss of the last log step.
+        selected: What `load_best` and `early_stopping` came to; None where the recipe has neither.
     """
 
     steps: int
@@ -40,6 +59,7 @@ class Trained:
     supervised_tokens: int
     seconds: float
     loss: float
+    selected: Selected | None = None
 
 
 def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
@@ -58,13 +78,15 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
             stage = stages[index]
             work.method.enter(model, stage)
             here = mark if index == mark.index else _next_mark(trainer, index, stage)
-            stage_run = StageRun(**vars(work), stop=stop, mark=here)
+            is_main = index == len(stages) - 1
+            stage_run = StageRun(**vars(work), stop=stop, mark=here, is_main=is_main)
             args = library_arguments(
                 work.recipe,
                 work.run,
                 autocast=work.method.autocast,
                 max_steps=_stage_steps(stage, main_steps),
                 use_cpu=not torch.cuda.is_available(),
+                select=is_main and (work.recipe.train.load_best or work.recipe.train.early_stopping is not None),
             )
             trainer = MethodTrainer(stage_run, model, args)
             resumed = str(checkpoint) if checkpoint and index == mark.index else None
@@ -73,7 +95,8 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
                 raise _interrupted(work.run, trainer.total_step, stop.signal.name)
     if trainer is None:
         raise RunError("the method has no stage left to train")
-    return _totals(trainer)
+    selected = _select(trainer)
+    return _totals(trainer, selected)
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:
@@ -107,7 +130,27 @@ def _interrupted(run: RunDir, step: int, signal_name: str) -> Interrupted:
     )
 
 
-def _totals(trainer: MethodTrainer) -> Trained:
+def _select(trainer: MethodTrainer) -> Selected | None:
+    """Put the best weights into the model where the recipe wants them, and say what was chosen."""
+    train, reporter = trainer.stage.recipe.train, trainer.stage.reporter
+    if not (train.load_best or train.early_stopping):
+        return None
+    if trainer.stopped_early:
+        count = "held-out loss" if train.early_stopping == 1 else f"{train.early_stopping} held-out losses in a row"
+        reporter.notice(f"stopped early after step {trainer.total_step}: {count} without a new lowest one")
+    loss = trainer.state.best_metric
+    if train.load_best:
+        trainer.take_best()
+        reporter.notice(f"took the weights of step {trainer.best_step}, with the lowest held-out loss, {loss:.4g}")
+    return Selected(
+        best_step=trainer.best_step,
+        best_eval_loss=loss,
+        step_of_weights=trainer.best_step if train.load_best else trainer.total_step,
+        stopped_early=trainer.stopped_early,
+    )
+
+
+def _totals(trainer: MethodTrainer, selected: Selected | None) -> Trained:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return Trained(
         steps=trainer.total_step,
@@ -115,4 +158,5 @@ def _totals(trainer: MethodTrainer) -> Trained:
         supervised_tokens=trainer.supervised,
         seconds=trainer.seconds(),
         loss=losses[-1] if losses else float("nan"),
+        selected=selected,
     )

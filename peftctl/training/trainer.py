@@ -9,56 +9,27 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from peftctl.artifacts.rundir import RunDir, staged
-from peftctl.console import Reporter
+from peftctl.artifacts.rundir import staged
 from peftctl.data.batching import GroupedBatches
-from peftctl.data.collate import Collator
-from peftctl.data.encode import EncodedRow
 from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
-from peftctl.methods.base import Callback, Method, StepInfo
-from peftctl.models.supervised import supervised_forward
-from peftctl.recipe.schema import Recipe
+from peftctl.models.supervised import Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
-from peftctl.training.checkpoints import StageMark, read_state, write_state
+from peftctl.training.callbacks import Hooks, StopAndShow
+from peftctl.training.checkpoints import StageMark, read_mark, read_state, write_state
+from peftctl.training.noise import noisy_embeddings
 from peftctl.training.optimizers import build_optimizer
 from peftctl.training.report import MetricsFile
-from peftctl.training.signals import StopRequest
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every stage trains on and writes to."""
-
-    recipe: Recipe
-    method: Method
-    train_rows: Sequence[EncodedRow]
-    eval_rows: Sequence[EncodedRow]
-    collate: Collator
-    run: RunDir
-    reporter: Reporter
-
-
-@dataclass(frozen=True)
-class StageRun(Workload):
-    """One stage of a workload.
-
-    Args:
-        stop: Set by a signal.
-        mark: Where the stage starts; `offset` optimizer steps lie behind it.
-    """
-
-    stop: StopRequest
-    mark: StageMark
+from peftctl.training.workload import StageRun
 
 
 class _EpochLoader(DataLoader):
@@ -97,8 +68,8 @@ class MethodTrainer(Trainer):
             eval_dataset=stage.eval_rows or None,  # type: ignore[arg-type]
             data_collator=stage.collate,
             callbacks=[
-                *(_Hooks(self, callback) for callback in stage.method.callbacks(model)),
-                _StopAndShow(self),
+                *(Hooks(self, callback) for callback in stage.method.callbacks(model)),
+                StopAndShow(self),
                 *trackers(stage.recipe, stage.run),
             ],
         )
@@ -110,7 +81,7 @@ class MethodTrainer(Trainer):
         """Return batches of rows of similar length; order and grouping follow from (seed, epoch, global batch)."""
         train = self.stage.recipe.train
         sampler = GroupedBatches(
-            [len(row.input_ids) for row in self.stage.train_rows],
+            [row.tokens for row in self.stage.train_rows],
             batch_size=train.batch_size,
             accumulation=train.gradient_accumulation,
             seed=train.seed,
@@ -126,9 +97,11 @@ class MethodTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of one optimizer step and their number of supervised tokens."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        supervised = sum(count_supervised(self.model, batch["labels"]) for batch in batches)
         self.supervised += supervised
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        if self.model.config.is_encoder_decoder:
+            self.tokens += supervised  # the decoder's
         return batches, supervised
 
     # -- loss ----------------------------------------------------------------------------------------------------
@@ -137,7 +110,7 @@ class MethodTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the loss of a micro-batch, scaled so that the micro-batches of a step add up to its mean."""
-        parts = self.stage.method.loss(model, inputs, lambda batch: supervised_forward(model, batch))
+        parts = self.stage.method.loss(model, inputs, lambda batch: self._forward(model, batch))
         total = parts.pop("loss") / max(num_items_in_batch, 1)
         self._count("loss", total)
         for name, part in parts.items():
@@ -147,6 +120,12 @@ class MethodTrainer(Trainer):
         # The library divides by the accumulation where it believes that nobody scaled the loss.
         self.loss_is_scaled_for_ga = True
         return total
+
+    def _forward(self, model: Any, batch: Mapping[str, torch.Tensor]) -> Supervised:
+        """Run the model as in training, which evaluation never does: with noise and smoothed labels."""
+        train = self.stage.recipe.train
+        with noisy_embeddings(self.model, batch["attention_mask"], train.neftune_noise):
+            return replace(supervised_forward(model, batch), smoothing=train.label_smoothing)
 
     def _count(self, name: str, value: torch.Tensor) -> None:
         self.parts[name] += value.detach()
@@ -220,11 +199,65 @@ class MethodTrainer(Trainer):
             self.model, self.stage.eval_rows, self.stage.collate, self.stage.recipe.eval.batch_size
         )
         metrics = {f"eval_{name}": float(value) for name, value in held_out.items()}
+        if self.args.metric_for_best_model:
+            metrics = metrics | self._select(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         passed = time.monotonic() - began
         self.started, self.logged_at = self.started + passed, self.logged_at + passed
         return metrics
+
+    # -- the best weights ----------------------------------------------------------------------------------------
+
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer steps of the run at the lowest held-out loss; None before there is one."""
+        best = self.state.best_global_step
+        return None if best is None else self.stage.mark.offset + best
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the stage ended before its last step for want of a new lowest held-out loss."""
+        return self._ends_after(self._waited())
+
+    def _waited(self) -> int:
+        """Return how many held-out losses since the lowest one are in the log, which a checkpoint holds too."""
+        measured = [line["step"] for line in self.state.log_history if "eval_loss" in line]
+        return sum(step > (self.best_step or 0) for step in measured)
+
+    def _ends_after(self, waited: int) -> bool:
+        patience = self.stage.recipe.train.early_stopping if self.stage.is_main else None
+        return patience is not None and waited >= patience and self.state.global_step < self.state.max_steps
+
+    def _select(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """Compare a held-out loss with the lowest one, which the library keeps in the state; return what to log."""
+        waited = self._waited() + 1
+        if self._determine_best_metric(metrics, None):
+            waited = 0
+            self.control.should_save |= self.stage.recipe.train.load_best
+        best = {} if self.best_step is None else {"best_step": self.best_step, "best_eval_loss": self.state.best_metric}
+        if not self._ends_after(waited):
+            return best
+        self.control.should_save = self.control.should_training_stop = True
+        return best | {"stopped_early": True}
+
+    def _run_epoch(self, *args: Any, **where: Any) -> None:
+        """Train an epoch; a run that is resumed after its early stop has none left."""
+        if self.stopped_early:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **where)
+
+    def take_best(self) -> None:
+        """Put the weights of the lowest held-out loss into the model.
+
+        Raises:
+            ArtifactError: Their checkpoint is missing or damaged.
+            RunError: No held-out loss was finite.
+        """
+        if self.best_step is None:
+            raise RunError("train.load_best: no held-out loss was finite; lower train.learning_rate")
+        read_state(self.stage.run.checkpoints / f"checkpoint-{self.best_step}", self.model, self.stage.method)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -241,6 +274,7 @@ class MethodTrainer(Trainer):
             train_tokens=self.tokens,
             supervised_tokens=self.supervised,
             seconds=self.seconds(),
+            best=self.best_step if self.stage.recipe.train.load_best else None,
         )
         with staged(self.stage.run.checkpoints / f"checkpoint-{self.total_step}") as folder:
             folder.mkdir(exist_ok=True)
@@ -249,57 +283,15 @@ class MethodTrainer(Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        self.stage.run.drop_old_checkpoints(self.stage.recipe.train.save_total_limit)
+        self._drop_old_checkpoints()
         self.logged_at += time.monotonic() - began
+
+    def _drop_old_checkpoints(self) -> None:
+        """Keep the newest, and those with the best weights of each of these: a resume may start from any of them."""
+        newest = self.stage.run.complete_checkpoints()[-self.stage.recipe.train.save_total_limit :]
+        best = {f"checkpoint-{read_mark(folder).best}" for folder in newest}
+        self.stage.run.drop_checkpoints({*(folder.name for folder in newest), *best})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore the optimized tensors and the method's state."""
         read_state(Path(resume_from_checkpoint), self.model, self.stage.method)
-
-
-class _StopAndShow(TrainerCallback):
-    """Shows progress, and turns a stop request into a checkpoint and an end."""
-
-    def __init__(self, trainer: MethodTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.started = self.trainer.logged_at = time.monotonic()
-        self.trainer.logged_step = state.global_step
-        self.trainer.stage.reporter.begin(self.trainer.stage.mark.name, state.max_steps, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.stage.reporter.step(state.global_step)
-        control.should_log |= state.global_step >= state.max_steps
-        if self.trainer.stage.stop:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.stage.reporter.end()
-
-
-class _Hooks(TrainerCallback):
-    """Adapts a method's torch-free Callback to the library's."""
-
-    def __init__(self, trainer: MethodTrainer, callback: Callback):
-        self.trainer = trainer
-        self.callback = callback
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._call(self.callback.stage_begins)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._call(self.callback.before_optimizer)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._call(self.callback.after_optimizer)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._call(self.callback.after_step)
-
-    def _call(self, hook: Callable[[StepInfo], None]) -> None:
-        trainer = self.trainer
-        info = StepInfo(trainer.state.global_step, trainer.state.max_steps, trainer.model, trainer.optimizer)
-        hook(info)
-        trainer.extra.update(info.log)

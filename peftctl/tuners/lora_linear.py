@@ -1,9 +1,10 @@
-"""A LoRA layer for training that never copies its input to float32. Saved adapters are stock peft.
+"""LoRA layers for training that never copy their input to float32. Saved adapters are stock peft.
 
     y = W x + (s B) (A x),   A, B: float32 for the optimizer, cast to the dtype of x for the products
 
-peft's own layer casts x to the type of A and keeps that float32 copy for the backward pass, once a target. Casting
-A: (r, d_in) and B: (d_out, r) instead costs almost nothing. In eval mode the layer is peft's own.
+peft's own layers cast x to the type of A and keep that float32 copy for the backward pass, once a target. Casting
+A: (r, d_in) and B: (d_out, r) instead costs almost nothing. In eval mode the layers are peft's own, kind by kind, so an
+adapter answers exactly alike when plain peft has read it back.
 """
 
 from __future__ import annotations
@@ -12,22 +13,55 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
+from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from peftctl.models.quantize import is_quantized
 
 
-class LoraLinear(lora.Linear):
-    """peft's LoRA layer with a leaner training forward."""
+def training_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Return base layer -> LoRA layer for `LoraConfig._register_custom_module`; the first that fits is taken."""
+    plain: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, Conv1D: LoraLinear}
+    return {**_quantized_layers(), **plain} if is_quantized(model) else plain
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+
+class _LeanTraining:
+    """The training forward, for any of peft's LoRA layers over a matrix."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return W x + s B A dropout(x) for x of shape (..., d_in)."""
         if args or kwargs or not self._plain_training():
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = self.active_adapters[0]
-        a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
-        b: torch.Tensor = self.lora_B[name].weight  # type: ignore[assignment]
+        a: torch.Tensor = self.lora_A[name].weight
+        b: torch.Tensor = self.lora_B[name].weight
         low = functional.linear(self.lora_dropout[name](x), a.to(x.dtype))
         return self.base_layer(x) + functional.linear(low, (b * self.scaling[name]).to(x.dtype))
 
-    def _plain_training(self) -> bool:
+    def _plain_training(self: Any) -> bool:
         one_plain_adapter = len(self.active_adapters) == 1 and not self.lora_variant
         return self.training and one_plain_adapter and not (self.disable_adapters or self.merged)
+
+
+class LoraLinear(_LeanTraining, lora.Linear):
+    """peft's LoRA layer over a Linear or a Conv1D with a leaner training forward."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(base_layer, *args, **kwargs)
+        # peft's configuration has one flag for all layers, and a model can have targets of both kinds.
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+
+def _quantized_layers() -> dict[type[nn.Module], type[nn.Module]]:
+    # bitsandbytes takes a second to import, and most runs do without.
+    from bitsandbytes import nn as quantized
+    from peft.tuners.lora import bnb
+
+    class LoraLinear4bit(_LeanTraining, bnb.Linear4bit):
+        """The same over 4-bit weights."""
+
+    class LoraLinear8bit(_LeanTraining, bnb.Linear8bitLt):
+        """The same over 8-bit weights."""
+
+    return {quantized.Linear4bit: LoraLinear4bit, quantized.Linear8bitLt: LoraLinear8bit}

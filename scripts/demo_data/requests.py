@@ -117,11 +117,23 @@ def make_request(rng: Random, intent: Intent, split: Split, unseen: bool = False
     return Request(intent, core, ((first[0].upper() + first[1:], name), *pieces[1:]), said)
 
 
+def note(request: Request) -> str:
+    """Return the request as a terse note."""
+    leaves = [(name, value.leaf) for name, value in sorted(request.said.items())]
+    parts = [f"{name} {' + '.join(leaf) if isinstance(leaf, list) else leaf}" for name, leaf in leaves]
+    return "; ".join([request.intent.call, *parts])
+
+
 def sentence(request: Request) -> str:
     """Return the request in its intent's standard words."""
+    return in_words(request, request.intent.sentence)
+
+
+def in_words(request: Request, template: str) -> str:
+    """Return the template with the request's values; a part in brackets is dropped when a value of it is missing."""
     plain = {name: value.plain for name, value in request.said.items()}
 
     def keep(part: re.Match[str]) -> str:
         return part[1] if all(name in plain for name in names_in(part[1])) else ""
 
-    return re.sub(r"\[([^\]]*)\]", keep, request.intent.sentence).format(**plain)
+    return re.sub(r"\[([^\]]*)\]", keep, template).format(**plain)

@@ -64,7 +64,7 @@ def test_what_is_not_an_artefact(finished, tmp_path):
         locate(run.recipe)
     with pytest.raises(UsageError, match=r"neither a run, an adapter nor a model; expected recipe\.yaml"):
         locate(tmp_path)
-    with pytest.raises(UsageError, match="several targets at once are not in this version"):
+    with pytest.raises(UsageError, match="is given twice"):
         load([run.path, run.path])
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(UsageError, match="is a checkpoint"):

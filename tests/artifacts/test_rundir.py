@@ -23,12 +23,13 @@ def run(tmp_path):
 
 def test_paths():
     run = RunDir("runs/lora")
-    found = [run.recipe, run.environment, run.metrics, run.summary, run.eval, run.adapter, run.model, run.checkpoints]
+    found = [run.recipe, run.environment, run.metrics, run.summary, run.eval, run.adapter, run.model, run.base]
+    found.append(run.checkpoints)
     assert [str(p) for p in found] == [
         f"runs/lora/{n}"
         for n in (
             "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "eval.json", "adapter", "model",
-            "checkpoints",
+            "base", "checkpoints",
         )
     ]  # fmt: skip
 
@@ -169,10 +170,10 @@ def test_the_latest_checkpoint_is_by_number_and_complete(run):
 def test_old_checkpoints_are_dropped(run):
     for step in (2, 10, 100):
         add_checkpoint(run, step)
-    run.drop_old_checkpoints(2)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-100"]
-    run.drop_old_checkpoints(5)
-    assert len(list(run.checkpoints.iterdir())) == 2
+    add_checkpoint(run, 101, complete=False)
+    assert [p.name for p in run.complete_checkpoints()] == ["checkpoint-2", "checkpoint-10", "checkpoint-100"]
+    run.drop_checkpoints(["checkpoint-10", "checkpoint-100", "checkpoint-7"])
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-101"]
 
 
 def test_json_is_readable_and_whole(run):

@@ -14,6 +14,7 @@ from peftctl.artifacts.load import load
 from peftctl.artifacts.rundir import RunDir
 from peftctl.artifacts.save import save_artifact
 from peftctl.errors import ArtifactError
+from peftctl.methods.lora import Config
 from peftctl.models.fingerprint import weights_fingerprint
 from peftctl.models.load import load_model, load_tokenizer
 from tests.artifacts.helpers import ROWS, lora_run, make_info, make_recipe, random_lora
@@ -47,7 +48,7 @@ def test_what_an_adapter_says_about_itself(finished):
     assert content == {
         "format": 1,
         "method": "lora",
-        "config": {"name": "lora", "r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": None},
+        "config": Config(r=4, alpha=8).model_dump(mode="json"),
         "base": {"name": base, "revision": None, "fingerprint": fingerprint, "dtype": "float32"},
         "task": "causal_lm",
         "config_changes": {},

@@ -179,3 +179,14 @@ def test_an_output_directory_of_something_else_is_left_alone(capsys, tmp_path, t
         code, _, err = train(capsys, path, *flags)
         assert code == 2 and "thesis.txt" in err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_error_that_needs_the_model_says_where_the_recipe_has_the_key(tmp_path, tiny_dir, capsys):
+    recipe = write_recipe(tmp_path, tiny_dir, {"name": "last_layers"}, quantization={"bits": 4})
+    line = recipe.read_text().splitlines().index("  bits: 4") + 1
+    code, _, error = train(capsys, recipe)
+    assert code == 2
+    assert error.startswith(f"error: {recipe}:{line}:3: quantization.bits: last_layers can't train over a base of 4")
+    code, _, error = train(capsys, recipe, "quantization=null", "method.layers=9")
+    assert code == 2
+    assert error == "error: command line: method.layers: the model has 4 blocks, got 9\n"

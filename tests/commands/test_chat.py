@@ -1,12 +1,20 @@
 """Chat: a conversation in the training template, its limits, and the read-answer loop."""
 
+import io
+import json
+import shutil
+
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
+from peftctl import cli
+from peftctl.artifacts.merge import merge
 from peftctl.commands import chat
 from peftctl.commands.chat import ChatSession, open_session, repl
 from peftctl.errors import UsageError
 from peftctl.evaluation.generation import generate
+from tests.artifacts.helpers import lora_run
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -207,3 +215,108 @@ def test_a_model_without_a_chat_template_continues_the_text(tmp_path):
 def test_a_target_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
         open_session(str(tmp_path / "none"))
+
+
+def test_the_template_travels_with_an_adapter(tmp_path):
+    run, _ = lora_run(tmp_path)
+    alone = shutil.copytree(run.adapter, tmp_path / "elsewhere" / "copy")
+    manifest = json.loads((alone / "peftctl.json").read_text())
+    assert manifest["template"] == "chat"
+    (alone / "peftctl.json").write_text(json.dumps(manifest | {"template": "alpaca"}))
+    assert "### Response:\n" in open_session(str(alone)).frame("tell me")
+    merge(str(alone), tmp_path / "merged")
+    assert "### Response:\n" in open_session(str(tmp_path / "merged")).frame("tell me")
+
+
+# -- several adapters --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs on one base; the second was trained in a plain template."""
+    folder = tmp_path_factory.mktemp("voices")
+    first, _ = lora_run(folder, std=0.3)
+    second = shutil.copytree(first.path, folder / "other")
+    file = second / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}, file)
+    return str(first.path), str(second)
+
+
+def framed(run, place, template):
+    copy = shutil.copytree(run, place)
+    file = copy / "adapter" / "peftctl.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"template": template}))
+    return str(copy)
+
+
+def alone(target, text):
+    return open_session(target, max_new_tokens=12).answer(text)
+
+
+def test_adapters_are_switched_in_place_and_the_conversation_stays(runs, monkeypatch):
+    talk = open_session(runs, max_new_tokens=12)
+    monkeypatch.setattr("peftctl.artifacts.load.load_model", None)  # nothing is loaded again
+    text = run(["tell", "/use other", "/use", "/reset", "tell", "/use base", "/reset", "tell", "/quit"], talk)
+    monkeypatch.undo()
+    answers = [alone(target, "tell") for target in runs]
+    assert answers[0] != answers[1]
+    assert text == (
+        "(answering: [run] other base; /use NAME switches)\n"
+        f"run: {answers[0]}\n"
+        "(answering: run [other] base; /use NAME switches)\n"
+        "(answering: run [other] base; /use NAME switches)\n"
+        f"(a new conversation)\nother: {answers[1]}\n"
+        "(answering: run other [base]; /use NAME switches)\n"
+        f"(a new conversation)\nbase: {expected_answer([user('tell')])}\n"
+    )
+
+
+def test_the_next_adapter_sees_what_was_said(runs):
+    talk = open_session(runs, max_new_tokens=12)
+    first = talk.answer("tell")
+    talk.use("other")
+    second = open_session(runs[1], max_new_tokens=12)
+    second.exchanges.append((chat.Message("user", "tell"), chat.Message("assistant", first)))
+    assert talk.answer("Book a table") == second.answer("Book a table")
+
+
+def test_every_adapter_is_asked_in_its_own_template(runs, tmp_path):
+    plain = framed(runs[1], tmp_path / "plain", "Q: {question}\nA: ")
+    talk = open_session([runs[0], plain], max_new_tokens=12)
+    talk.use(plain)  # by the target too
+    assert talk.speaker == "plain" and talk.answer("tell") == alone(plain, "tell") != alone(runs[1], "tell")
+    talk.use("run")
+    assert talk.frame is None and talk.answer("tell") == alone(runs[0], "tell")
+    with pytest.raises(UsageError, match="--system"):
+        open_session([runs[0], plain], system="short")
+
+
+def test_one_prompt_goes_to_each_adapter(runs):
+    written = []
+    chat.answer_once(open_session(runs, max_new_tokens=12), "tell", written.append)
+    assert "".join(written) == f"run: {alone(runs[0], 'tell')}\nother: {alone(runs[1], 'tell')}\n"
+    written.clear()
+    chat.answer_once(session(), "tell", written.append)
+    assert "".join(written) == expected_answer([user("tell")]) + "\n"
+
+
+def test_switching_to_what_is_not_there(runs):
+    talk = open_session(runs, max_new_tokens=12)
+    text = run(["/use othr", "/reset now", "tell"], talk).splitlines()
+    assert text[1] == "(no adapter 'othr'; did you mean 'other'?)"
+    assert text[2] == "(/reset takes nothing after it. A message may begin with / after a space)"
+    assert talk.speaker == "run"
+    assert run(["/use x"]) == "(there is one model; start with several adapters to switch: peftctl chat A B)\n"
+
+
+def test_a_whole_model_among_several(runs, tiny_dir):
+    with pytest.raises(UsageError, match="only adapters of one base can be loaded together"):
+        open_session([runs[0], str(tiny_dir)])
+
+
+def test_chat_of_two_runs_from_the_command_line(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("tell\n/use other\n/quit\n"))
+    assert cli.run(["chat", *runs, "--max-new-tokens", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert f"run: {alone(runs[0], 'tell')}\n" in shown and "run [other] base" in shown

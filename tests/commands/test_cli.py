@@ -1,6 +1,7 @@
 """The command line as users meet it: help, exit codes, one message for each known error."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_check_as_json_gives_ids_and_mask(capsys, tmp_path, tiny_dir):
 
 def test_check_says_when_the_plan_does_not_fit(capsys, tmp_path, tiny_dir):
     code, _, err = run(capsys, "check", write_recipe(tmp_path, tiny_dir), "--device", "cuda", "--memory", "100KB")
-    assert code == 2 and "does not fit" in err
+    assert code == 2 and "more than there is" in err
 
 
 def test_methods_and_one_method(capsys):
@@ -117,6 +118,49 @@ def test_recipes_list_show_copy_schema(capsys, tmp_path):
     code, _, err = run(capsys, "recipes", "copy", "lora", tmp_path)
     assert code == 2 and "exists already" in err
     assert json.loads(run(capsys, "recipes", "schema")[1])["properties"]
+
+
+def test_recipes_list_shows_the_model(capsys):
+    listed = {entry["name"]: entry for entry in json.loads(run(capsys, "recipes", "list", "--json")[1])}
+    assert listed["lora"]["model"] == "smollm2-135m" and "Hu et al. 2021" in listed["lora"]["title"]
+    assert all(entry["model"] for entry in listed.values())
+
+
+def completed(*words):
+    """Return what bash is offered for the last of these words, and the heavy packages imported for it."""
+    code = (
+        "import sys\nfrom peftctl import cli\n"
+        "try:\n    cli.run([])\nfinally:\n"
+        "    print('|', *({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    line = " ".join(["peftctl", *words])
+    environment = {"_PEFTCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **environment}
+    )
+    offered, heavy = done.stdout.split("|")
+    return offered.split(), heavy.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "quick"], ["quickstart"]),
+        (["check", "last_"], ["last_layers"]),
+        (["recipes", "show", "hard"], ["hard_prompt"]),
+        (["recipes", "copy", "hard"], ["hard_prompt"]),
+        (["methods", "hard"], ["hard_prompt"]),
+        (["expo"], ["export"]),
+        (["train", "no-such-recipe"], []),
+    ],
+)
+def test_the_shell_completes_names_without_importing_torch(words, expected):
+    assert completed(*words) == (expected, [])
+
+
+def test_the_completion_script_is_printed(capsys):
+    done = peftctl("--show-completion", "bash")
+    assert done.returncode == 0 and "_peftctl_completion" in done.stdout and not done.stderr
 
 
 def test_model_marks_what_a_target_selects(capsys, tiny_dir):
@@ -164,6 +208,60 @@ def test_no_library_speaks_in_between(tmp_path, tiny_dir, capsys, name):
     done = peftctl(*arguments[name])
     assert done.returncode == 0 and done.stderr == ""
     assert "accelerator" not in done.stdout
+
+
+def test_export_shows_what_it_wrote(capsys, tmp_path, tiny_dir):
+    code, out, err = run(capsys, "export", tiny_dir, "--format", "ollama", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert f"written to {tmp_path / 'out'} (model, template chatml)" in out and "notice: Ollama's own" in out
+    code, out, _ = run(capsys, "export", tiny_dir, "--output", tmp_path / "hf", "--json")
+    assert code == 0
+    content = {"output": str(tmp_path / "hf"), "content": "model", "template": None, "notices": [], "pushed": None}
+    assert json.loads(out) == content
+
+
+def test_export_refuses_to_push_before_it_writes(capsys, tmp_path, tiny_dir):
+    for arguments, message in (
+        (["--push", "nobody"], "expected OWNER/NAME"),
+        (["--push", "me/model"], "HF_HUB_OFFLINE is set"),
+        (["--public"], "--public has an effect with --push"),
+    ):
+        code, _, err = run(capsys, "export", tiny_dir, "--output", tmp_path / "out", *arguments)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["methods"], None),
+        (["methods", "lora"], "keys"),
+        (["recipes", "list"], None),
+        (["model", "TINY"], "parameters"),
+        (["train", "RECIPE", "--dry-run"], "trainable"),
+        (["check", "RECIPE"], "trainable"),
+    ],
+)
+def test_json_is_one_document_on_stdout(capsys, tmp_path, tiny_dir, arguments, key):
+    places = {"TINY": tiny_dir, "RECIPE": write_recipe(tmp_path, tiny_dir)}
+    code, out, err = run(capsys, *(places.get(a, a) for a in arguments), "--json")
+    content = json.loads(out)
+    assert code == 0 and not err
+    assert key in content if key else {"name", "title"} <= content[0].keys()
+
+
+def test_json_of_training_merging_and_measuring(capsys, tmp_path, tiny_dir):
+    path = write_recipe(tmp_path, tiny_dir)
+    for arguments, keys in (
+        (["train", path], {"train_loss", "eval"}),
+        (["eval", tmp_path / "run"], {"target", "metrics", "base", "samples"}),
+        (["merge", tmp_path / "run", "-o", tmp_path / "merged"], {"max_delta", "kl", "output"}),
+        (["export", tmp_path / "run", "-o", tmp_path / "out"], {"output", "content", "notices", "pushed"}),
+    ):
+        code, out, err = run(capsys, *arguments, "--json")
+        assert code == 0, err
+        document = out[out.index("{") :] if arguments[0] == "train" else out  # progress comes before a summary
+        assert keys <= json.loads(document).keys()
 
 
 def test_export_formats_that_are_not_there_are_refused_in_one_line(capsys, tmp_path, tiny_dir):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftctl.errors import ArtifactError, PeftctlError, UsageError
-from peftctl.models import load
+from peftctl.models import source
 from peftctl.models.load import load_model, load_tokenizer, meta_model
 from peftctl.recipe.schema import ModelSection
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -202,7 +202,7 @@ def test_unused_tensors_are_told(folder):
 )
 def test_names_that_lead_nowhere(call, name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTCTL_CACHE", str(tmp_path))
-    monkeypatch.setattr(load, "hub_answers", lambda: False)
+    monkeypatch.setattr(source, "hub_answers", lambda: False)
     with pytest.raises(UsageError, match=message) as caught:
         call(section(name))
     assert str(caught.value).startswith(name)
@@ -210,13 +210,13 @@ def test_names_that_lead_nowhere(call, name, message, tmp_path, monkeypatch):
 
 def test_the_hub_counts_as_unreachable_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    load.hub_answers.cache_clear()
-    assert load.hub_answers() is False
-    load.hub_answers.cache_clear()
+    source.hub_answers.cache_clear()
+    assert source.hub_answers() is False
+    source.hub_answers.cache_clear()
 
 
 def test_an_earlier_download_serves_while_the_hub_is_away(tiny_dir, monkeypatch):
-    monkeypatch.setattr(load, "hub_answers", lambda: False)
+    monkeypatch.setattr(source, "hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny_dir))
     model = load_model(section("some/model"))
     torch.testing.assert_close(model(IDS).logits, tiny_llama()(IDS).logits)
@@ -228,7 +228,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch):
     def refuse(*_, **__):
         raise OSError("some/model is not a local folder and is not a valid model identifier\nlisted on the hub")
 
-    monkeypatch.setattr(load, "hub_answers", lambda: True)
+    monkeypatch.setattr(source, "hub_answers", lambda: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(UsageError, match=r"^some/model: .*valid model identifier; check the name") as caught:
         meta_model(section("some/model"))

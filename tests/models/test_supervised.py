@@ -159,6 +159,7 @@ class Headless(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.config = model.config
 
     def get_output_embeddings(self):
         return None

@@ -32,11 +32,11 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
     }
     if "type" in schema and not isinstance(value, kinds[schema["type"]]):
         return False
+    if isinstance(value, dict) and set(schema.get("required", ())) - set(value):
+        return False
     if isinstance(value, dict) and "properties" in schema:
         known = schema["properties"]
-        if set(schema.get("required", ())) - set(value) or (
-            schema["additionalProperties"] is False and set(value) - set(known)
-        ):
+        if schema["additionalProperties"] is False and set(value) - set(known):
             return False
         return all(fits(item, known[key]) for key, item in value.items())
     if isinstance(value, list) and "items" in schema:
@@ -61,6 +61,10 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
         ("learning_rate", "learning_rat", False),
         ("2e-4", "fast", False),
         ("train: rows.jsonl", "format: text", False),
+        ("train: rows.jsonl", "sources: [{path: a.jsonl, weight: 0.5}]", True),
+        ("train: rows.jsonl", "sources: [{path: a.jsonl, weight: 0}]", False),
+        ("train: rows.jsonl", "sources: [{weight: 2}]", False),
+        ("train: rows.jsonl", "sources: [{path: a.jsonl, wait: 2}]", False),
         ("model:", "extra: 1\nmodel:", False),
     ],
 )

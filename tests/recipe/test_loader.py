@@ -34,7 +34,7 @@ def test_integers_are_numbers_and_scalars_of_yaml_1_2(here):
         ("  r: 4", "  alhpa: 4", "x.yaml:6:3: method.alhpa: unknown key; did you mean 'alpha'?"),
         ("  r: 4", "  learning_rate: 4", "x.yaml:6:3: method.learning_rate: unknown key; `learning_rate` belongs to `train`"),
         ("  r: 4", "  batch_size: 4", "x.yaml:6:3: method.batch_size: unknown key; `batch_size` belongs to `train` or `eval`"),
-        ("model:", "max_lenght: 1\nmodel:", "x.yaml:2:1: max_lenght: unknown key; known: backend, data, eval, method, model, train"),
+        ("model:", "max_lenght: 1\nmodel:", "x.yaml:2:1: max_lenght: unknown key; known: backend, data, eval, method, model, quantization, train"),
         ("model:", "evla: {}\nmodel:", "x.yaml:2:1: evla: unknown key; did you mean 'eval'?"),
         ("model:", "train.epochs: 1\nmodel:", "x.yaml:2:1: train.epochs: unknown key; write nested sections; dotted keys are for the command line"),
         ("  output_dir: runs/x", "  output_dir: runs/x\n  eval:\n    rows: 5", "x.yaml:11:3: train.eval: unknown key; `eval:` is a section; check its indentation"),
@@ -60,16 +60,13 @@ def test_integers_are_numbers_and_scalars_of_yaml_1_2(here):
         ("  r: 4", "  warm: 1.5", "x.yaml:6:9: method.warm: expected an integer above 0 or a number above 0 and below 1, got 1.5"),
         ("  r: 4", "  scope: every", 'x.yaml:6:10: method.scope: expected auto or an integer, got text "every"'),
         ("  r: 4", "  dropout: 0.9", "x.yaml:4:1: method: dropout 0.9 needs target_modules"),
-        ("  train: rows.jsonl", "  format: messages", "x.yaml:7:1: data.train: required key is missing; add it under `data:`"),
+        ("  train: rows.jsonl", "  format: messages", "x.yaml:7:1: data.train: required key is missing; add it under `data:`, or data.sources"),
         ("data:\n  train: rows.jsonl\n", "", "x.yaml:2:1: data: required section is missing; add `data:`"),
         ("  name: lora\n", "", "x.yaml:4:1: method.name: required key is missing; known: lora, prompt"),
         ("  name: lora", "  name: lroa", "x.yaml:5:9: method.name: unknown method 'lroa'; did you mean 'lora'?"),
         ("  name: lora\n  r: 4", "  lora", 'x.yaml:5:3: method: expected a section, got text "lora"; write `name: lora`, indented, below `method:`'),
         ("  name: lora\n  r: 4", "  - lora", "x.yaml:5:3: method: expected a section, got a list; write its keys, indented, below `method:`"),
         ("  name: lora", "  name: [lora]", "x.yaml:5:9: method.name: expected a method's name, got a list"),
-        ("model:", "quantization: {bits: 4}\nmodel:", "x.yaml:2:1: quantization: quantised bases are not in this version; remove it"),
-        ("org/tiny", "org/tiny\n  adapters: [a]", "x.yaml:4:3: model.adapters: merging finished adapters first is not in this version; remove it"),
-        ("  r: 4", "  init_from: x", "x.yaml:6:3: method.init_from: continuing from an adapter is not in this version; remove it"),
         ("  r: 4", "  r: 4\n  r: 5", "x.yaml:7:3: key 'r' is set twice, first at x.yaml:6:3; remove one of the two"),
         ("  r: 4", "  r: ${NOPE}", "x.yaml:6:6: environment variable NOPE is not set; set it, or write ${NOPE:-default}"),
     ],
@@ -152,7 +149,7 @@ def test_keys_that_the_method_does_not_read(here):
 def test_empty_sections_count_as_left_out(here):
     assert read(GOOD + "eval:\nbackend:\n").backend.name == "single"
     assert problems(GOOD.replace("data:\n  train: rows.jsonl", "data:")) == [
-        "x.yaml:7:1: data.train: required key is missing; add it under `data:`"
+        "x.yaml:7:1: data.train: required key is missing; add it under `data:`, or data.sources"
     ]
 
 
@@ -172,10 +169,10 @@ def test_aliases_work_between_sections(here):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "x.yaml:1:1: the recipe is empty; it needs sections: model:, method:, data:, train:, backend:, eval:"),
-        (b"# nothing\n", "x.yaml:1:1: the recipe is empty; it needs sections: model:, method:, data:, train:, backend:, eval:"),
-        (b"- a\n", "x.yaml:1:1: expected sections (model:, method:, data:, train:, backend:, eval:), got a list; is it a recipe?"),
-        (b"hello\n", 'x.yaml:1:1: expected sections (model:, method:, data:, train:, backend:, eval:), got text "hello"; is it a recipe?'),
+        (b"", "x.yaml:1:1: the recipe is empty; it needs sections: model:, quantization:, method:, data:, train:, backend:, eval:"),
+        (b"# nothing\n", "x.yaml:1:1: the recipe is empty; it needs sections: model:, quantization:, method:, data:, train:, backend:, eval:"),
+        (b"- a\n", "x.yaml:1:1: expected sections (model:, quantization:, method:, data:, train:, backend:, eval:), got a list; is it a recipe?"),
+        (b"hello\n", 'x.yaml:1:1: expected sections (model:, quantization:, method:, data:, train:, backend:, eval:), got text "hello"; is it a recipe?'),
         (b"a: 1\nb: \xff\n", "x.yaml:2: expected UTF-8, got byte 0xff; save the file as UTF-8"),
         (b"#" * (MAX_BYTES + 1), "x.yaml: expected a recipe, got more than 1 MiB; is it a data file?"),
     ],

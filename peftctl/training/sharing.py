@@ -1,0 +1,146 @@
+"""What several processes share: nothing in plain data parallel; ZeRO's stages by a DeepSpeed configuration.
+
+ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over N processes: stage 1 shares the optimizer's state, stage 2 the
+gradients too, stage 3 the weights too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftctl.errors import UsageError
+from peftctl.recipe.schema import Recipe
+
+_BUCKET = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`, elements."""
+_HALF, _FULL = 2, 4
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that stay from step to step in one process; `host` is main memory where the device has its own."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How tensors are spread over processes.
+
+    Args:
+        processes: N.
+        stage: Of ZeRO; None without DeepSpeed, where every process holds everything.
+        half: Weights and gradients in 16 bits, beside float32 copies of the weights that train.
+        offload_optimizer: The optimizer's state lives in main memory.
+        offload_weights: So do the weights' shares.
+        settings: Section `zero_optimization` of the configuration.
+    """
+
+    processes: int = 1
+    stage: int | None = None
+    half: bool = False
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients, or a copy of them, stay while activations are there."""
+        return self.stage is not None or self.processes > 1
+
+    def state(self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int) -> State:
+        """Return the bytes of one process.
+
+        Args:
+            parameters: All that are not quantised.
+            optimizer: Bytes of the optimizer's state without sharing.
+            hidden: Width of the model, which `auto` sizes follow.
+        """
+        everything = list(parameters)
+        trained = [p for p in everything if p.requires_grad]
+        count = sum(p.numel() for p in trained)
+        if self.stage is None:
+            gradients = sum(p.numel() * p.element_size() for p in trained)
+            copies = gradients if self.processes > 1 else 0  # the buckets that are sent
+            weights = sum(p.numel() * p.element_size() for p in everything)
+            return State(weights, gradients, optimizer, copies, 0)
+        width = _HALF if self.half else _FULL
+        weights = sum(p.numel() * min(p.element_size(), width) for p in everything)
+        gradients = count * width
+        optimizer += _FULL * count if self.half else 0
+        buffers = self._buckets(count, hidden) * width
+        host = 0
+        optimizer = self._share(optimizer, 1)
+        gradients = self._share(gradients, 2)
+        if self.offload_optimizer:  # with float32 gradients for it; what is sent there needs no place on the device
+            host += optimizer + self._share(_FULL * count, 1)
+            optimizer = 0
+            gradients = 0 if self.stage >= 2 else gradients
+        if self.stage == 3:
+            buffers += 2 * self._largest_gathered(everything, width)
+            weights = self._share(weights, 3)
+            if self.offload_weights:
+                host, weights = host + weights, 0
+        return State(weights, gradients, optimizer, buffers, host)
+
+    def _share(self, size: int, from_stage: int) -> int:
+        return -(-size // self.processes) if (self.stage or 0) >= from_stage else size
+
+    def _buckets(self, count: int, hidden: int) -> int:
+        """Return elements of the buckets in which gradients are summed; two where sending overlaps with computing."""
+        bucket = self.settings.get("reduce_bucket_size", _BUCKET)
+        bucket = hidden * hidden if bucket == "auto" else int(bucket)
+        overlapped = self.settings.get("overlap_comm", self.stage == 3)
+        return min(bucket, count) * (2 if overlapped else 1)
+
+    @staticmethod
+    def _largest_gathered(parameters: Iterable[torch.Tensor], width: int) -> int:
+        return max((p.numel() * width for p in parameters), default=0)
+
+
+def read_sharing(recipe: Recipe, processes: int, *, offloads: bool) -> Sharing:
+    """Return how a recipe's run spreads its tensors.
+
+    Args:
+        recipe: With `backend:`.
+        processes: How many train together.
+        offloads: The device has a memory of its own; else offloading moves nothing.
+
+    Raises:
+        UsageError: The DeepSpeed configuration is missing, no JSON, or names no stage from 0 to 3.
+    """
+    if recipe.backend.name == "single":
+        return Sharing(processes)
+    if recipe.backend.config is None:
+        raise UsageError("backend.config: deepspeed needs a configuration, e.g. configs/deepspeed/zero2.json")
+    where = f"backend.config: {recipe.backend.config}"
+    try:
+        content = json.loads(Path(recipe.backend.config).read_text(encoding="utf-8"))
+        zero = dict(content.get("zero_optimization", {}))
+        stage = zero.get("stage", 0)
+        half = any(content.get(kind, {}).get("enabled") in (True, "auto") for kind in ("bf16", "fp16"))
+        places = {
+            kind: dict(zero.get(f"offload_{kind}") or {}).get("device", "none") for kind in ("optimizer", "param")
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: can't be read as a DeepSpeed configuration: {error}") from error
+    if stage not in (0, 1, 2, 3):
+        raise UsageError(f"{where}: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    return Sharing(
+        processes,
+        stage,
+        half=half and recipe.model.dtype != "float32",
+        offload_optimizer=offloads and places["optimizer"] != "none",
+        offload_weights=offloads and stage == 3 and places["param"] != "none",
+        settings=zero,
+    )

@@ -1,0 +1,111 @@
+"""Estimates from a model's widths alone: which batch is the widest, and what a step needs where it can't be run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftctl.data.batching import GroupedBatches
+from peftctl.data.encode import IGNORED, EncodedRow
+from peftctl.errors import UsageError
+from peftctl.recipe.schema import Recipe
+from peftctl.training.step_bytes import StepBytes, StepSettings, stacks
+
+_EPOCHS = 3
+"""Epochs whose batches are looked at; later ones draw from the same rows."""
+_NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+}
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "encoder_ffn_dim")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes of a transformer: width, feed-forward width, blocks (of all stacks), tokens."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    vocabulary: int
+
+
+def widths(config: Any) -> Widths:
+    """Read a configuration's sizes under the names that architectures use.
+
+    Raises:
+        UsageError: One of them has none of these names.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = {}
+    for width, names in _NAMES.items():
+        value = next((v for name in names if (v := getattr(config, name, None))), None)
+        if value is None:
+            raise UsageError(
+                f"the {config.model_type} architecture can't be planned: its configuration has none of "
+                f"{', '.join(names)}"
+            )
+        found[width] = value
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+        found["layers"] += decoder or found["layers"]
+    inner = next((v for name in _FEED_FORWARD if (v := getattr(config, name, None))), 4 * found["hidden"])
+    return Widths(feed_forward=inner, **found)
+
+
+def widest_rows(rows: Sequence[EncodedRow], recipe: Recipe, model: Any, processes: int) -> list[EncodedRow]:
+    """Return the rows of the micro-batch that needs the most memory among those that the run will take."""
+    train = recipe.train
+    lengths = [len(row.input_ids) for row in rows]
+    supervised = [sum(label != IGNORED for label in row.labels) for row in rows]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    blocks = sum(len(stack) for stack in stacks(model))
+    kept = hidden * blocks * (1 if train.gradient_checkpointing else 16)
+
+    def need(batch: Sequence[int]) -> int:
+        tokens = len(batch) * max(lengths[i] for i in batch)
+        return tokens * kept + 2 * vocabulary * sum(supervised[i] for i in batch)
+
+    # Neighbours in length are dealt to the processes in order, the longest to the last.
+    sampler = GroupedBatches(
+        lengths, train.batch_size, train.gradient_accumulation, train.seed, processes, rank=processes - 1
+    )
+    epochs = _EPOCHS if train.max_steps else min(math.ceil(train.epochs), _EPOCHS)
+    micro_steps = train.max_steps * train.gradient_accumulation if train.max_steps else None
+    batches = itertools.islice(_epochs(sampler, epochs), micro_steps)
+    return [rows[i] for i in max((batch for batch in batches if batch), key=need)]
+
+
+def _epochs(sampler: GroupedBatches, epochs: int) -> Iterable[list[int]]:
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        yield from sampler
+
+
+def step_bytes_by_widths(model: Any, batch: Mapping[str, torch.Tensor], settings: StepSettings) -> StepBytes:
+    """Estimate the bytes of a step of a model that can't be run here, as those of a Llama of its widths.
+
+    A gated block keeps two norms in float32 with their outputs; query, key, value and output; and four tensors of the
+    feed-forward part. The logits, their gradient and a float32 piece of 1024 rows come on top.
+
+    Raises:
+        UsageError: The configuration's widths can't be read.
+    """
+    size = widths(model.config)
+    compute = (settings.autocast or model.dtype).itemsize
+    tokens = batch["input_ids"].numel()
+    positions = int((batch["labels"] != IGNORED).sum())
+    block = tokens * (2 * size.hidden * (4 + compute) + 4 * size.hidden * compute + 4 * size.feed_forward * compute)
+    boundary = tokens * size.hidden * compute
+    activations = block + size.layers * boundary if settings.checkpointing else size.layers * block
+    logits = size.vocabulary * (2 * positions * compute + 2 * 4 * min(positions, 1024))
+    gradients = (
+        0 if settings.accumulates else sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    )
+    return StepBytes(activations=activations, logits=logits, gradients=gradients, heap=0)
