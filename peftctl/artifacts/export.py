@@ -112,10 +112,6 @@ def _write_hf(
     together = merged and artefact.is_adapter
     if together:
         fold(folder)
-        if (
-            "template" in artefact.manifest
-        ):  # how it must be asked: what was trained in a plain template is no chat model
-            _rewrite(folder / NAME, {"template": artefact.manifest["template"]})
     else:
         shutil.copytree(str(artefact.folder), folder, ignore=_LEFT_OUT)
     if artefact.manifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import huggingface_hub
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -23,9 +23,9 @@ def check_push(name: str) -> None:
         raise UsageError(f"--push: expected OWNER/NAME, got '{name}' ({str(error).splitlines()[0]})") from error
     if name.count("/") != 1:
         raise UsageError(f"--push: expected OWNER/NAME, got '{name}'")
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UsageError("--push: HF_HUB_OFFLINE is set; unset it to reach the hub")
-    if huggingface_hub.get_token() is None:
+    if get_token() is None:
         raise UsageError("--push: no access token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
 
 
@@ -43,7 +43,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     Raises:
         RunError: The hub can't be reached, or refuses. The folder stays.
     """
-    api = huggingface_hub.HfApi()
+    api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload with peftctl")

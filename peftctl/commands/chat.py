@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -300,10 +299,4 @@ def _frame(template: str, tokenizer: Any) -> Callable[[str], str] | None:
     """Return what puts a message into a plain template; None for the chat template, where there is one."""
     if template == templates.CHAT:
         return None if tokenizer.chat_template else str
-    if template == templates.ALPACA:
-        return templates.alpaca_prompt
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
-    if len(fields) != 1:
-        raise UsageError(f"data.template of this run takes {', '.join(sorted(fields))}; chat fills in one field only")
-    (field,) = fields
-    return lambda text: templates.fill(template, {field: text}, "this message")
+    return templates.frame(template)

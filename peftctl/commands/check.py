@@ -10,6 +10,7 @@ from typing import Any
 from peftctl.backends import device as devices
 from peftctl.commands.planning import Advice, advise, plan
 from peftctl.commands.prepare import Prepared, prepare
+from peftctl.data.encode import EncodedRow
 from peftctl.data.preview import preview
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError
@@ -35,7 +36,7 @@ class CheckReport:
         advice: Where the plan does not fit: what would make it smaller, the largest effect first.
         supervision: Report of the training rows, and of the held-out rows.
         previews: Rows as (text, trained on?) pieces.
-        rows: The same rows as token ids and mask.
+        rows: The same rows as token ids and mask; of an encoder-decoder what it reads and what it writes.
         notices: What the user should know.
     """
 
@@ -115,7 +116,7 @@ def check(
         raise UsageError(f"--device: expected cpu or cuda, got '{device}'")
     kind = device or devices.current_device().type
     total = parse_bytes(memory) if memory else devices.available_memory_bytes(kind)
-    ready = prepare(recipe, allow_stand_in=True)
+    ready = prepare(recipe, allow_stand_in=True, device=kind)
     recipe = ready.recipe
     machine = Machine(kind, processes, devices.current_memory_bytes() if kind == "cpu" else 0)
     planned = plan(ready, machine)
@@ -136,7 +137,7 @@ def check(
         advice=advice,
         supervision=supervision,
         previews=[preview(row, ready.tokenizer) for row in shown],
-        rows=[{"input_ids": r.input_ids, "supervised": [label != -100 for label in r.labels]} for r in shown],
+        rows=[_tokens(row) for row in shown],
         notices=_notices(ready, planned),
     )
 
@@ -152,6 +153,12 @@ def _notices(ready: Prepared, planned: MemoryPlan) -> list[str]:
             f"since that of {ready.recipe.model.name_or_path} {reason}"
         )
     return notices
+
+
+def _tokens(row: EncodedRow) -> dict[str, Any]:
+    if row.paired:
+        return {"input_ids": row.input_ids, "labels": row.labels}
+    return {"input_ids": row.input_ids, "supervised": [label != -100 for label in row.labels]}
 
 
 def _gib(size: int) -> str:

@@ -59,12 +59,13 @@ class Prepared:
     notices: Sequence[str]
 
 
-def prepare(recipe: Recipe, *, allow_stand_in: bool = False) -> Prepared:
+def prepare(recipe: Recipe, *, allow_stand_in: bool = False, device: str | None = None) -> Prepared:
     """Check the method against the model's shapes, then read and encode the data.
 
     Args:
         recipe: The recipe.
         allow_stand_in: Plan with shipped shapes, and another tokenizer, where the model can't be had here.
+        device: Kind of the device that is planned for; left out, this machine's.
 
     Raises:
         UsageError: The method does not fit the task, the model or the training options.
@@ -78,7 +79,7 @@ def prepare(recipe: Recipe, *, allow_stand_in: bool = False) -> Prepared:
     tokenizer = base_tokenizer(recipe, allow_stand_in=allow_stand_in)
     method.new_token_ids = add_tokens(tokenizer, recipe.model.add_tokens)
     fit_rows(model, recipe, tokenizer)
-    notices = [*method.notices(model), *_optimizer_notices(recipe)]
+    notices = [*method.notices(model), *_optimizer_notices(recipe, device or current_device().type)]
     total = sum(p.numel() for p in model.parameters())
     trainable, applied = attach_to_shapes(recipe, method, model)
     examples = load_examples(recipe.data, recipe.train.seed)
@@ -178,8 +179,8 @@ def refuse_unsupported(recipe: Recipe, method: Method) -> None:
             raise UsageError(f"train.report_to: {tracker} is not installed; pip install 'peftctl[{tracker}]'")
 
 
-def _optimizer_notices(recipe: Recipe) -> list[str]:
-    paged = recipe.train.optimizer.startswith("paged") and current_device().type == "cpu"
+def _optimizer_notices(recipe: Recipe, device: str) -> list[str]:
+    paged = recipe.train.optimizer.startswith("paged") and device == "cpu"
     return ["paged optimizers run unpaged on a CPU"] if paged else []
 
 

@@ -14,13 +14,13 @@ A triplet that lost its lambda can come back until the last phase. A second part
 and Q orthogonal. We follow peft and the authors' code where they differ from the paper: it is orth_reg_weight times
 the mean over all P and Q of |P^T P - I| or |Q Q^T - I|, Frobenius norms that are not squared, and the scale is
 alpha / init_r, fixed: pruning does not change it (peft adds 1e-5 to init_r). The scores see clipped gradients and the
-weights after the step, as in the authors' code.
+weights after the step, as in the authors' code. What is saved has the base's precision: peft loads pruned factors so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -125,6 +125,9 @@ class Method(base.Method):
             fan_in_fan_out=all(isinstance(module, Conv1D) for module in chosen.values()),
         )
         peft_model = get_peft_model(model, config)
+        for layer in _layers(peft_model):
+            # On bases of a half type peft lets this divisor of the scale train, and never saves it.
+            layer.ranknum["default"].requires_grad_(False)
         # Not the model: the method outlives it. The allocator holds settings and scores only.
         self._allocator: Any = peft_model.base_model.rankallocator
         return peft_model
@@ -155,9 +158,16 @@ class Method(base.Method):
         self._allocator.peft_config.rank_pattern = state["rank_pattern"]
 
     def export(self, model: Any) -> Any:
-        """Return the adapter with the ranks of the last pruning."""
+        """Return the adapter with the ranks of the last pruning, in the base's precision."""
         pattern = self._allocator.peft_config.rank_pattern
         if pattern:
+            for layer in _layers(model):
+                for factor in (
+                    layer.lora_A,
+                    layer.lora_E,
+                    layer.lora_B,
+                ):  # peft rounds pruned factors when it loads them
+                    factor["default"].data = factor["default"].data.to(layer.get_base_layer().weight.dtype).float()
             self._allocator.mask_using_rank_pattern(model.base_model.model, pattern)
             # A target without any rank would be saved as empty tensors: it keeps one triplet, whose lambda is 0.
             kept = {name: [not any(ranks) or ranks[0], *ranks[1:]] for name, ranks in pattern.items()}
@@ -223,15 +233,19 @@ def phases(config: Config, total: int) -> tuple[int, int, int]:
 def orthogonality(model: Any) -> torch.Tensor:
     """Return the scalar mean over all P and Q of |P^T P - I| and |Q Q^T - I|, Frobenius."""
     import torch
-    from peft.tuners.adalora import AdaLoraLayer
 
     norms = []
-    for layer in model.modules():
-        if isinstance(layer, AdaLoraLayer):
-            q, p = cast(torch.Tensor, layer.lora_A["default"]), cast(torch.Tensor, layer.lora_B["default"])
-            for gram in (q @ q.T, p.T @ p):
-                norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+    for layer in _layers(model):
+        q, p = layer.lora_A["default"], layer.lora_B["default"]
+        for gram in (q @ q.T, p.T @ p):
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
     return torch.stack(norms).mean()
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    from peft.tuners.adalora import AdaLoraLayer
+
+    return (layer for layer in model.modules() if isinstance(layer, AdaLoraLayer))
 
 
 def _scored(allocator: Any) -> bool:

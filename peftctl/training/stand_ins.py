@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 
@@ -80,14 +79,16 @@ class _Dequantised(torch.autograd.Function):
         return upstream @ upstream.new_empty(ctx.shape), None, None
 
 
-class FusedDropout(TorchFunctionMode):
-    """Dropout as GPUs do it: the mask is kept in bytes, not in the type of its input."""
+@contextmanager
+def fused_dropout() -> Iterator[None]:
+    """Drop as GPUs do: the mask is kept in bytes, not in the type of its input."""
+    plain = nn.functional.dropout
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.dropout:
-            x = args[0]
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            training = args[2] if len(args) > 2 else kwargs.get("training", True)
-            return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
-        return func(*args, **kwargs)
+    def fused(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+    nn.functional.dropout = fused
+    try:
+        yield
+    finally:
+        nn.functional.dropout = plain

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftctl.models.supervised import supervised_forward
-from peftctl.training.stand_ins import FusedDropout, fake_tensors, quantised_layers
+from peftctl.training.stand_ins import fake_tensors, fused_dropout, quantised_layers
 
 _START, _END = "start", "end"
 _PARTS = ("activations", "logits", "gradients")
@@ -149,7 +149,7 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSett
         for handle in _labels(model, ledger):
             stack.callback(handle.remove)
         if settings.on_gpu:
-            stack.enter_context(FusedDropout())
+            stack.enter_context(fused_dropout())
         stack.enter_context(ledger)
         with torch.autocast("cpu", settings.autocast or torch.bfloat16, enabled=settings.autocast is not None):
             parts = settings.loss(model, batch, lambda rows: supervised_forward(model, rows))

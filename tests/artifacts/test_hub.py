@@ -2,8 +2,8 @@
 
 import re
 
-import huggingface_hub
 import pytest
+from huggingface_hub import close_session, constants
 
 from peftctl.artifacts.hub import check_push, push
 from peftctl.errors import RunError, UsageError
@@ -14,12 +14,12 @@ from tests.test_layers import PACKAGE
 @pytest.fixture
 def hub(monkeypatch):
     with hub_server() as served:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.address)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_written_here")
-        huggingface_hub.close_session()
+        close_session()
         yield served
-    huggingface_hub.close_session()
+    close_session()
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_refusal_of_the_hub_is_one_line_that_says_where_the_files_are(hub, fol
 
 
 def test_no_network_is_one_line(hub, folder, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RunError, match="can't be reached") as refused:
         push(folder, "me/model")
     assert "\n" not in str(refused.value)
@@ -65,11 +65,11 @@ def test_what_can_not_be_pushed_is_refused_before_any_work(hub, monkeypatch, tmp
         with pytest.raises(UsageError, match="expected OWNER/NAME"):
             check_push(name)
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "none"))
     with pytest.raises(UsageError, match="no access token; log in with `hf auth login`"):
         check_push("me/model")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
         check_push("me/model")
     assert not hub.created

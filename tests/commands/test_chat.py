@@ -203,7 +203,7 @@ def test_alpaca(tmp_path):
 
 
 def test_a_template_of_several_fields(tmp_path):
-    with pytest.raises(UsageError, match="takes context, question; chat fills in one field only"):
+    with pytest.raises(UsageError, match="takes context, question; expected one field for a single request"):
         open_session(str(run_directory(tmp_path, template="{context}\n{question}")))
 
 

@@ -132,6 +132,8 @@ def test_check_shows_both_sides(tmp_path, bases):
     report = check(peftctl.load_recipe(recipe(tmp_path, bases["t5"], T5["adalora"])), preview_rows=1)
     (pieces,) = report.previews
     assert pieces == [("answer with 0\n", False), ("0<|im_end|>", True)]
+    (row,) = report.rows
+    assert row.keys() == {"input_ids", "labels"} and row["labels"][-1] == 2
     assert report.trainable == 12 * 6 * (32 + 32 + 1) and report.plan.total > 0
 
 

@@ -20,6 +20,7 @@ from tests.commands.helpers import peftctl as command
 
 METHODS = [
     {"name": "lora", "r": 4, "target_modules": "all-linear"},
+    {"name": "adalora", "init_r": 4, "target_r": 2, "target_modules": "all-linear"},
     {"name": "last_layers", "layers": 2},
     {"name": "full"},
     {"name": "hard_prompt", "shots": 2},

@@ -374,6 +374,26 @@ def test_a_run_that_ends_while_it_prunes_is_saved_as_it_answers(tmp_path):
     torch.testing.assert_close(again(input_ids=IDS).logits, exported(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # peft, of its own adapters
+def test_on_a_half_type_base_the_scale_does_not_train_and_what_is_saved_reloads_exactly(tmp_path):
+    from peft import PeftModel
+
+    chosen = method(tinit=1, tfinal=2, alpha=32)
+    expected = chosen.count(tiny_llama())
+    model, _ = train(
+        workload(tmp_path / "run", chosen, max_steps=6, learning_rate=0.05, dtype="bfloat16"),
+        model=tiny_llama(dtype="bfloat16"),
+    )
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+    assert {layer.ranknum["default"].item() for layer in layers(model).values()} == {6.0}
+    exported = chosen.export(model).eval()
+    exported.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_llama(dtype="bfloat16"), tmp_path / "adapter").eval()
+    logits = exported(input_ids=IDS).logits.detach()
+    assert (logits - tiny_llama(dtype="bfloat16")(input_ids=IDS).logits).abs().max() > 0.05
+    torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=0, atol=2**-8 * float(logits.abs().max()))
+
+
 def test_merged_equals_unmerged(tmp_path):
     chosen = method(tinit=1, tfinal=3)
     model, _ = train(workload(tmp_path, chosen, max_steps=8, learning_rate=0.05))

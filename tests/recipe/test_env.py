@@ -4,11 +4,12 @@ import pytest
 
 from tests.recipe.fakes import GOOD, problems, read
 
-NESTED = GOOD.replace("org/tiny", "org/tiny\n  adapters: [${OWNER}/first, 'org/${WHICH}']\n  add_tokens: ['<${WHICH}>']").replace(
-    "  train: rows.jsonl",
+MODEL = "org/tiny\n  adapters:\n  - ${OWNER}/first\n  - org/${WHICH}\n  add_tokens: ['<${WHICH}>']"
+SOURCES = (
     "  sources:\n  - path: ${ROWS}\n    weight: ${WEIGHT}\n    columns: {messages: '${COLUMN:-turns}'}\n"
-    "  - {path: [held.jsonl, '${ROWS}'], format: text}\n  loss_on: all",
-)  # fmt: skip
+    "  - {path: [held.jsonl, '${ROWS}'], format: text}\n  loss_on: all"
+)
+NESTED = GOOD.replace("org/tiny", MODEL).replace("  train: rows.jsonl", SOURCES)
 
 
 @pytest.fixture
@@ -30,13 +31,11 @@ def test_nested_values_and_lists(variables):
 
 
 def test_new_keys_on_the_command_line(variables):
-    recipe = read(GOOD, "model.adapters=[${OWNER}/first]", "data.sources=[{path: '${ROWS}', weight: 2}]")
+    recipe = read(GOOD, "model.adapters=['${OWNER}/first']", "data.sources=[{path: '${ROWS}', weight: 2}]")
     assert recipe.model.adapters == ["me/first"]
     assert recipe.data.sources[0].path == str(variables / "rows.jsonl")
 
 
 def test_one_that_is_not_set_is_named_where_it_stands(variables, monkeypatch):
     monkeypatch.delenv("OWNER")
-    assert problems(NESTED) == [
-        "x.yaml:4:14: environment variable OWNER is not set; set it, or write ${OWNER:-default}"
-    ]
+    assert problems(NESTED) == ["x.yaml:5:5: environment variable OWNER is not set; set it, or write ${OWNER:-default}"]

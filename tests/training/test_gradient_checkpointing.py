@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftctl.methods import full, last_layers, lora
+from peftctl.methods import adalora, full, last_layers, lora
 from peftctl.training.trainer import MethodTrainer
 from tests.tiny import tiny_llama
 from tests.training.helpers import train, workload
@@ -20,6 +20,9 @@ METHODS = {
     "one-layer": lora_on(r".*layers\.3\.self_attn\.q_proj"),
     "embedding": lora_on(["embed_tokens"]),
     "saved-norms": lora_on(["v_proj"], modules_to_save=["norm"]),
+    "adalora": lambda: adalora.Method(
+        adalora.Config(init_r=4, target_r=2, tinit=1, target_modules=["q_proj", "v_proj"])
+    ),
     "full": lambda: full.Method(full.Config(name="full")),
     "last_layers": lambda: last_layers.Method(last_layers.Config(name="last_layers", layers=2)),
 }

@@ -126,6 +126,21 @@ def test_without_load_best_only_the_newest_are_kept(tmp_path, limit):
     assert held_out_loss(model, work.eval_rows, work.collate, 8)["loss"] == evaluations(work.run)[6]
 
 
+def test_a_run_that_goes_on_never_lacks_a_complete_checkpoint(tmp_path):
+    class Looks(Reporter):
+        def step(self, step, metrics=None):
+            seen.append(kept(resumed.run))
+
+    settings = {"max_steps": 5, "save_steps": 2, "save_total_limit": 1}
+    with pytest.raises(Interrupted):
+        train(workload(tmp_path, reporter=StopAt(3), **settings))
+    seen, resumed = [], workload(tmp_path, reporter=Looks(), **settings)
+    train(resumed, resumed.run.latest_checkpoint())
+    # Once at every step and once at its log line; each save comes after both.
+    assert seen == [["checkpoint-3"]] * 2 + [["checkpoint-4"]] * 2
+    assert kept(resumed.run) == ["checkpoint-5"]
+
+
 def test_the_last_step_is_measured_too_and_is_no_early_stop(tmp_path):
     settings = SETTINGS | {"max_steps": 5, "eval_steps": 3, "early_stopping": 1}
     work = workload(tmp_path, **settings)
@@ -144,20 +159,20 @@ def test_a_run_without_either_key_says_nothing(tmp_path):
 
 class TwoStages(lora.Method):
     def stages(self):
-        return (Stage("warm", steps=4), Stage("main"))
+        return (Stage("warm", steps=8), Stage("main"))
 
 
 def test_only_the_main_stage_is_chosen_from(tmp_path):
-    """The held-out loss rises at step 3 of the first stage, as above; that ends nothing."""
+    """The held-out loss rises at step 3 of the first stage, as above; that ends nothing, nor does the epoch at 6."""
     method = TwoStages(lora.Config(r=4, dropout=0.1, target_modules="all-linear"))
     work = workload(tmp_path, method, **SETTINGS | {"early_stopping": 1, "max_steps": 5})
     _, totals = train(work)
     losses = evaluations(work.run)
     warm = [line for line in lines(work.run) if line["stage"] == "warm" and "eval_loss" in line]
-    assert [line["step"] for line in warm] == [1, 2, 3, 4] and losses[3] > losses[2]
+    assert [line["step"] for line in warm] == [*range(1, 9)] and losses[3] > losses[2]
     assert not any("best_step" in line for line in warm)
-    main = {step: loss for step, loss in losses.items() if step > 4}
-    assert totals.selected.best_step == min(main, key=main.get) > 4
+    main = {step: loss for step, loss in losses.items() if step > 8}
+    assert totals.selected.best_step == min(main, key=main.get) > 8
     assert f"checkpoint-{totals.selected.best_step}" in kept(work.run)
 
 

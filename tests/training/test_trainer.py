@@ -143,6 +143,26 @@ def test_every_optimizer_of_the_schema_moves_every_trainable_tensor(tmp_path, op
     assert all(not torch.equal(t, initial[n]) for n, t in trained_tensors(model).items())
 
 
+def test_lines_carry_what_is_documented_at_the_steps_that_were_asked_for(tmp_path):
+    work = workload(
+        tmp_path,
+        lora.Method(CONFIG),
+        max_steps=7,
+        logging_steps=3,
+        eval_steps=7,
+        neftune_noise=1.0,
+        label_smoothing=0.1,
+    )
+    train(work)
+    *trained, held_out = lines(work.run)
+    assert [line["step"] for line in trained] == [1, 3, 6, 7] and held_out["step"] == 7
+    common = {"step", "stage", "epoch"}
+    speed = {"tokens_per_second", "supervised_tokens_per_second"}
+    assert all(line.keys() == common | speed | {"loss", "learning_rate", "grad_norm"} for line in trained)
+    measured = {"eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_supervised_tokens"}
+    assert held_out.keys() == common | measured
+
+
 def test_held_out_loss_is_logged_between(tmp_path):
     work = workload(tmp_path, lora.Method(CONFIG), max_steps=4, eval_steps=2)
     train(work)
