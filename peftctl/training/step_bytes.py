@@ -37,7 +37,7 @@ class StepBytes:
         activations: Kept for the backward pass, and temporaries.
         logits: The head's output, its gradient and what the loss needs.
         gradients: Those of parameters that are complete at that moment.
-        heap: The part of activations and logits that lies in allocations below `StepSettings.heap_limit`.
+        heap: Most of activations and logits that ever lay in allocations below `StepSettings.heap_limit`.
     """
 
     activations: int
@@ -47,7 +47,7 @@ class StepBytes:
 
     @property
     def total(self) -> int:
-        """Sum, without `heap`, which is a part of the others."""
+        """Sum, without `heap`, which is no other memory."""
         return self.activations + self.logits + self.gradients
 
 
@@ -111,7 +111,9 @@ def step_bytes(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: St
         if not settings.accumulates:
             ledger.peaks[_END]["gradients"] += left_out * _gradient_bytes(stack[first])
     peak = max(ledger.peaks.values(), key=lambda count: sum(count[label] for label in _PARTS))
-    return StepBytes(**{label: peak[label] for label in (*_PARTS, "heap")})
+    # The heap does not shrink: what activations left in it is still there when gradients peak.
+    heap = max(count["heap"] for count in ledger.peaks.values())
+    return StepBytes(**{label: peak[label] for label in _PARTS}, heap=heap)
 
 
 _Run = tuple[nn.ModuleList, int, int]

@@ -49,7 +49,7 @@ def test_what_an_adapter_says_about_itself(finished):
         "format": 1,
         "method": "lora",
         "config": Config(r=4, alpha=8).model_dump(mode="json"),
-        "base": {"name": base, "revision": None, "fingerprint": fingerprint, "dtype": "float32"},
+        "base": {"name": base, "revision": None, "fingerprint": fingerprint, "dtype": "float32", "quantization": None},
         "task": "causal_lm",
         "template": "chat",
         "config_changes": {},
