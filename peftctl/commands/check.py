@@ -72,7 +72,10 @@ class CheckReport:
         """Return what to say of a plan that does not fit: a line, then one for each advice."""
         if self.available is None or self.fits:
             return []
-        lines = [f"the plan takes {_gib(self.plan.total - self.available)} more than there is; what would help:"]
+        more = f"the plan takes {_gib(self.plan.total - self.available)} more than there is"
+        if not self.advice:
+            return [f"{more}; take a smaller model, or more memory"]
+        lines = [f"{more}; what would help:"]
         enough = ["" if a.total > self.available else " (fits)" for a in self.advice]
         return lines + [f"  {a.change}: {_gib(a.total)}{note}" for a, note in zip(self.advice, enough, strict=True)]
 

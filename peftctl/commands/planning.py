@@ -16,7 +16,7 @@ from peftctl.recipe.schema import Recipe
 from peftctl.training.memory import Machine, MemoryPlan, plan_memory
 
 _WORTH = 0.01
-"""Share of the plan that a change must save to be worth a line."""
+"""Share of what the run itself adds that a change must save to be worth a line."""
 _SHORTEST = 64
 """Tokens below which shorter rows are no advice."""
 _HEAP = "MALLOC_MMAP_THRESHOLD_=131072 in the environment"
@@ -105,9 +105,10 @@ def advise(ready: Prepared, machine: Machine, needed: MemoryPlan, available: int
             if size <= available:
                 break
         found.append((change, size))
-    worth = sorted(((c, size) for c, size in found if size < needed.total * (1 - _WORTH)), key=lambda pair: pair[1])
+    least = needed.total - _WORTH * (needed.total - needed.process)
+    worth = sorted(((change, size) for change, size in found if size < least), key=lambda pair: pair[1])
     advice = [Advice(str(change), size) for change, size in worth]
-    if needed.allocator > needed.total * _WORTH and heap_limit(spared=True):
+    if needed.total - needed.allocator < least and heap_limit(spared=True):
         advice = sorted([*advice, Advice(_HEAP, needed.total - needed.allocator)], key=lambda a: a.total)
     if not any(a.total <= available for a in advice):
         advice += _together([change for change, _ in worth], ready.recipe, total, available)

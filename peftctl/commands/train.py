@@ -112,7 +112,8 @@ class _Run:
         if self.recipe.train.gradient_checkpointing and self.device.type == "cpu":
             spare_memory()
         base = load_base(self.ready, self.device)
-        self.base_fingerprint = base_fingerprint(self.recipe.model, base)  # of what lies on disk: before rows of new tokens
+        # Of what lies on disk, so before rows of new tokens.
+        self.base_fingerprint = base_fingerprint(self.recipe.model, base)
         fit_rows(base, self.recipe, self.ready.tokenizer)
         start = start_of(self.recipe)
         before = identity.evaluation_before(self.run)

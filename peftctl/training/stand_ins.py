@@ -84,8 +84,8 @@ def fused_dropout() -> Iterator[None]:
     """Drop as GPUs do: the mask is kept in bytes, not in the type of its input."""
     plain = nn.functional.dropout
 
-    def fused(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+    def fused(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
     nn.functional.dropout = fused
     try:

@@ -290,3 +290,4 @@ def _checkpointed(model: Any, settings: StepSettings) -> Iterator[None]:
         yield
     finally:
         model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # which enabling has let the embeddings' output require

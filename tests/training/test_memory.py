@@ -439,7 +439,9 @@ def test_a_count_leaves_the_model_as_it_was():
     assert list(model.get_base_model().model.layers) == blocks
     assert not model.training and not model.is_activation_checkpointing
     assert all(p.grad is None and p.device.type == "meta" for p in model.parameters())
-    assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in model.modules() if m is not model)
+    assert not any(
+        m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules() if m is not model
+    )
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
 
 
