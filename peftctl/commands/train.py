@@ -169,7 +169,8 @@ class _Run:
     def _train(self, model: Any, checkpoint: Path | None) -> Trained:
         if self.trainable == 0:
             return Trained(steps=0, train_tokens=0, supervised_tokens=0, seconds=0.0, loss=float("nan"))
-        self.method.calibrate(model, (self.collate([row]) for row in self.ready.train_rows))
+        if checkpoint is None:
+            self.method.calibrate(model, (self.collate([row]) for row in self.ready.train_rows))
         work = Workload(
             recipe=self.recipe,
             method=self.method,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -53,6 +54,8 @@ class LoraMethod(base.Method):
     """Low-rank updates of linear layers."""
 
     config: LoraKeys
+    peft_options: ClassVar[Mapping[str, Any]] = {}
+    """Fields of peft's LoraConfig that this method sets on top."""
 
     def count(self, model: PreTrainedModel) -> int:
         """Return r * (d_in + d_out) over targets, plus whole modules, plus the rows of new tokens."""
@@ -123,6 +126,7 @@ class LoraMethod(base.Method):
             trainable_token_indices={name: list(self.new_token_ids) for name in selection.token_rows} or None,
             ensure_weight_tying=selection.tied is not None,
             fan_in_fan_out=all(isinstance(layer.module, Conv1D) for layer in selection.layers.values()),
+            **self.peft_options,
         )
         # For training; saved and reloaded as peft's own.
         config._register_custom_module(training_layers(model))

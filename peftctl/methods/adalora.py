@@ -145,12 +145,12 @@ class Method(base.Method):
             parts["orthogonality"] = self.config.orth_reg_weight * orthogonality(model)
         return parts
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, model: Any) -> dict[str, Any]:
         """Return the scores and the ranks that stand."""
         scores = {name: dict(getattr(self._allocator, name)) for name in _SCORES}
         return {**scores, "rank_pattern": self._allocator.peft_config.rank_pattern}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, model: Any, state: Mapping[str, Any]) -> None:
         """Restore scores and ranks."""
         for name in _SCORES:
             setattr(self._allocator, name, dict(state[name]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftctl.recipe.schema import Recipe, Section
+from peftctl.recipe.schema import Recipe, Section, TrainSection
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ class Card:
     merge_note: str = ""
     identity_at_init: bool = True
     identity_note: str = ""
+    disable_note: str = ""
+    """Why switching the adapter off does not give back the base; empty where it does, exactly."""
     needs: str = ""
     supports: frozenset[Feature] = frozenset()
     gates_off: frozenset[Gate] = frozenset()
@@ -163,18 +165,25 @@ class Method:
         return (Stage(),)
 
     def enter(self, model: Any, stage: Stage) -> None:
-        """Prepare the model for a stage; the optimizer is built afterwards."""
+        """Prepare the model where a stage begins, before its optimizer is built. Not called where one is resumed."""
 
     def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Look at real rows before the first stage."""
+        """Look at real rows, one a batch and on the CPU, before the first stage. Not called where a run is resumed."""
 
-    def param_groups(self, model: Any) -> list[dict[str, Any]] | None:
-        """Return optimizer groups over every trainable tensor; None takes one group with the recipe's values."""
+    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]] | None:
+        """Return optimizer groups over every trainable tensor; None takes one group with the recipe's values.
+
+        A group may have an `lr` of its own: every schedule multiplies it.
+        """
         return None
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
         """Return the optimizer of these groups; None takes the recipe's."""
         return None
+
+    def learning_rate_factor(self, step: int, total_steps: int) -> float:
+        """Return what the recipe's schedule is multiplied by at a step of the stage, counted from 0."""
+        return 1.0
 
     def callbacks(self, model: Any) -> Sequence[Callback]:
         """Return the schedules of this method."""
@@ -195,12 +204,15 @@ class Method:
         """Return names of batch fields besides input_ids, attention_mask and labels."""
         return ()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resume needs beyond weights."""
+    def state_dict(self, model: Any) -> dict[str, Any]:
+        """Return what resume needs beyond the tensors that the optimizer owns: masks, frozen factors, scores."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, model: Any, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, in a model that `apply` has just made or that has trained further.
+
+        Afterwards the model has the trainable tensors of that moment, by name and shape; their values are loaded next.
+        """
 
     def export(self, model: Any) -> Any:
         """Return the artefact: a PeftModel (goes to adapter/) or a PreTrainedModel (goes to model/)."""

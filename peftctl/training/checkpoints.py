@@ -52,7 +52,7 @@ def write_state(folder: Path, model: nn.Module, optimizer: Any, method: Method, 
     """Write our part of a checkpoint into a folder that is renamed into place afterwards."""
     tensors = {name: p.detach().contiguous().cpu() for name, p in optimized_tensors(optimizer, model).items()}
     save_file(tensors, folder / TENSORS)
-    torch.save(method.state_dict(), folder / METHOD)
+    torch.save(method.state_dict(model), folder / METHOD)
     (folder / STAGE).write_text(json.dumps(asdict(mark)), encoding="utf-8")
 
 
@@ -65,7 +65,7 @@ def read_mark(folder: Path) -> StageMark:
 
 
 def read_state(folder: Path, model: nn.Module, method: Method) -> None:
-    """Copy the saved tensors into the model and restore the method's state.
+    """Restore the method's state and copy the saved tensors into the model.
 
     Raises:
         ArtifactError: A file is damaged, or the tensors are not those of this model.
@@ -75,6 +75,7 @@ def read_state(folder: Path, model: nn.Module, method: Method) -> None:
         state = torch.load(folder / METHOD, weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise _damaged(folder, error) from error
+    method.load_state_dict(model, state)  # first: it may decide which tensors there are
     parameters = dict(model.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
     if wrong:
@@ -82,7 +83,6 @@ def read_state(folder: Path, model: nn.Module, method: Method) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    method.load_state_dict(state)
 
 
 def _damaged(folder: Path, error: Exception) -> ArtifactError:

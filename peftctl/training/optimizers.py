@@ -30,7 +30,7 @@ def build_optimizer(method: Method, model: nn.Module, args: TrainingArguments, t
     Raises:
         RunError: A trainable tensor is in no group, in two, or a frozen one is in a group.
     """
-    groups = method.param_groups(model) or default_groups(model, train.weight_decay)
+    groups = method.param_groups(model, train) or default_groups(model, train.weight_decay)
     check_partition(model, groups)
     own = method.optimizer(groups)
     if own is not None:

@@ -76,7 +76,9 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
     with stop_on_signal() as stop:
         for index in range(mark.index, len(stages)):
             stage = stages[index]
-            work.method.enter(model, stage)
+            resumed = checkpoint if index == mark.index else None
+            if resumed is None:
+                work.method.enter(model, stage)
             here = mark if index == mark.index else _next_mark(trainer, index, stage)
             is_main = index == len(stages) - 1
             stage_run = StageRun(**vars(work), stop=stop, mark=here, is_main=is_main)
@@ -89,8 +91,7 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
                 select=is_main and (work.recipe.train.load_best or work.recipe.train.early_stopping is not None),
             )
             trainer = MethodTrainer(stage_run, model, args)
-            resumed = str(checkpoint) if checkpoint and index == mark.index else None
-            trainer.train(resume_from_checkpoint=resumed)
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             if stop and stop.signal is not None:
                 raise _interrupted(work.run, trainer.total_step, stop.signal.name)
     if trainer is None:

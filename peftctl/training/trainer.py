@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class _EpochLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _product(shape: Callable[[int], float], factor: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: shape(step) * factor(step)
 
 
 class MethodTrainer(Trainer):
@@ -151,6 +156,14 @@ class MethodTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.stage.method, self.model, self.args, self.stage.recipe.train)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the recipe's schedule times the method's factor."""
+        if self.lr_scheduler is None:
+            scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+            factor = partial(self.stage.method.learning_rate_factor, total_steps=num_training_steps)
+            scheduler.lr_lambdas = [_product(shape, factor) for shape in scheduler.lr_lambdas]
+        return self.lr_scheduler
 
     # -- log and evaluate ----------------------------------------------------------------------------------------
 

@@ -26,13 +26,25 @@ def training_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
     return {**_quantized_layers(), **plain} if is_quantized(model) else plain
 
 
-class _LeanTraining:
+class LeanTraining:
     """The training forward, for any of peft's LoRA layers over a matrix."""
 
+    fixed_factors: nn.Module | None
+    """A further term of the update that does not train, see `fixed_factors.py`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fixed_factors = None
+
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return W x + s B A dropout(x) for x of shape (..., d_in)."""
-        if args or kwargs or not self._plain_training():
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        """Return W x + s B A dropout(x), and s F E x where there are fixed factors, for x of shape (..., d_in)."""
+        lean = not args and not kwargs and self._plain_training()
+        result = self._lean(x) if lean else super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.fixed_factors is None or self.disable_adapters:
+            return result
+        return result + self.scaling[self.active_adapters[0]] * self.fixed_factors(x)
+
+    def _lean(self: Any, x: torch.Tensor) -> torch.Tensor:
         name = self.active_adapters[0]
         a: torch.Tensor = self.lora_A[name].weight
         b: torch.Tensor = self.lora_B[name].weight
@@ -44,7 +56,7 @@ class _LeanTraining:
         return self.training and one_plain_adapter and not (self.disable_adapters or self.merged)
 
 
-class LoraLinear(_LeanTraining, lora.Linear):
+class LoraLinear(LeanTraining, lora.Linear):
     """peft's LoRA layer over a Linear or a Conv1D with a leaner training forward."""
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
@@ -58,10 +70,10 @@ def _quantized_layers() -> dict[type[nn.Module], type[nn.Module]]:
     from bitsandbytes import nn as quantized
     from peft.tuners.lora import bnb
 
-    class LoraLinear4bit(_LeanTraining, bnb.Linear4bit):
+    class LoraLinear4bit(LeanTraining, bnb.Linear4bit):
         """The same over 4-bit weights."""
 
-    class LoraLinear8bit(_LeanTraining, bnb.Linear8bitLt):
+    class LoraLinear8bit(LeanTraining, bnb.Linear8bitLt):
         """The same over 8-bit weights."""
 
     return {quantized.Linear4bit: LoraLinear4bit, quantized.Linear8bitLt: LoraLinear8bit}

@@ -424,6 +424,7 @@ def test_the_method_keeps_no_model_alive(tmp_path):
     chosen = method()
     model, _ = train(workload(tmp_path, chosen, max_steps=3))
     watch = weakref.ref(model.get_base_model())
+    pattern = chosen.state_dict(model)["rank_pattern"]
     del model
     gc.collect()
-    assert watch() is None and chosen.state_dict()["rank_pattern"]
+    assert watch() is None and pattern
