@@ -232,13 +232,36 @@ def show_export(result: Mapping[str, Any]) -> None:
 
 def show_methods(cards: Sequence[Mapping[str, Any]]) -> None:
     """Show one line for each method's card."""
-    rows = [[c["name"], c["category"], c["trains"], "yes" if c["mergeable"] else "no", c["paper"]] for c in cards]
-    show_table("", ["method", "category", "trains", "merges", "paper"], rows)
+    columns = ["method", "category", "trains", "count", "merges", "4-bit", "checkpointing", "tasks", "paper"]
+    rows = [
+        [
+            card["name"],
+            card["category"],
+            card["trains"],
+            "?" if card["recipe"]["trainable"] is None else figure(card["recipe"]["trainable"]),
+            _yes(card["mergeable"]),
+            _yes("4bit" in card["supports"]),
+            _yes("gradient_checkpointing" in card["supports"]),
+            ", ".join(card["tasks"]),
+            card["paper"],
+        ]
+        for card in cards
+    ]
+    show_table("", columns, rows)
+    models = sorted({card["recipe"]["model"] for card in cards})
+    out.print(f"count: what trains with the method's own recipe, on {' or '.join(models)}", markup=False)
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def show_method(card: Mapping[str, Any]) -> None:
     """Show one method's card and the keys of its section."""
-    facts = {key: value for key, value in card.items() if key not in ("title", "keys") and value not in ("", [], {})}
+    counted = card["recipe"]["trainable"]
+    shipped = {f"on {card['recipe']['model']}": f"{counted:,} parameters"} if counted is not None else {}
+    facts = {key: value for key, value in card.items() if key not in ("title", "keys", "recipe")} | shipped
+    facts = {key: value for key, value in facts.items() if value not in ("", [], {})}
     plain = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in facts.items()}
     show_table(card["title"], ["", ""], [[key, value] for key, value in plain.items()])
     keys = [[key, str(entry["default"]), entry["description"] or ""] for key, entry in card["keys"].items()]

@@ -105,6 +105,26 @@ def tiny_bart(seed: int = 0):
     return BartForConditionalGeneration(config).eval()
 
 
+def tiny_bert(seed: int = 0, kind: str = "BertModel", **config):
+    """BERT-like, 2 layers, d 32: biases, LayerNorm, learned positions, a pooler; bidirectional.
+
+    Args:
+        seed: Of the weights.
+        kind: The library's class, e.g. BertForSequenceClassification; the bare encoder as a checkpoint has it.
+        config: Keys of the configuration on top, e.g. num_labels.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "pad_token_id": 3, "initializer_range": 0.2,
+    }  # fmt: skip
+    return getattr(transformers, kind)(transformers.BertConfig(**{**shape, **config})).eval()
+
+
 def save_tiny(path: Path, model=None, template: str | None = CHATML) -> Path:
     """Write a tiny model with its tokenizer in the hub's layout."""
     (tiny_llama() if model is None else model).save_pretrained(path)

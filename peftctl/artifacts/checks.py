@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from peftctl.errors import ArtifactError
+from peftctl.models.classifier import classification_task
 from peftctl.models.supervised import decoder_inputs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -105,7 +106,7 @@ def probe_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         for row in rows:
             ids = torch.tensor([row[:PROBE_TOKENS]], device=device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if model.config.is_encoder_decoder:
+            if model.config.is_encoder_decoder and not classification_task(model):
                 inputs["decoder_input_ids"] = decoder_inputs(model, ids)
             logits = model(**inputs).logits
             pieces.append(logits.reshape(-1, logits.shape[-1]).float().cpu())

@@ -145,7 +145,7 @@ def _snippet(artefact: Artefact, *, merged: bool, name: str) -> str:
     assert artefact.base is not None and artefact.folder is not None  # an adapter of peftctl's has both
     published = name != "DIRECTORY"
     place = public_name(artefact.base) if published else resolve(artefact.base)
-    lines = base_lines(place, task, artefact.manifest["base"]["dtype"])
+    lines = base_lines(place, task, artefact.manifest["base"]["dtype"], artefact.manifest.get("head"))
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
     if not artefact.has_weights:
         return code([*lines, tokenizer])

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
 from transformers.utils import is_flash_attn_2_available
 
 from peftctl.artifacts.checks import ADAPTER_WEIGHTS, read_keys
 from peftctl.artifacts.dtypes import stored_dtype
 from peftctl.artifacts.locate import ADAPTER_CONFIG, Artefact, fetched, locate
+from peftctl.artifacts.manifest import read_json
 from peftctl.errors import ArtifactError, UsageError, did_you_mean
+from peftctl.models.classifier import Head
 from peftctl.models.fingerprint import directory_fingerprint, weights_fingerprint
 from peftctl.models.load import language_task, load_model, load_tokenizer
 from peftctl.models.quantize import is_quantized
 from peftctl.models.source import weights_folder
 from peftctl.models.vocabulary import fit_vocabulary
-from peftctl.recipe.schema import ModelSection, QuantizationSection
+from peftctl.recipe.schema import CLASSIFICATION, ModelSection, QuantizationSection, Task
 
 __all__ = ["Artefact", "load", "locate"]
 
@@ -112,7 +115,9 @@ def load_base(
         section = section.model_copy(update={"name_or_path": base, "revision": None})
     storage = quantization_of(artefact) if quantized else None
     try:
-        model = load_model(section, dtype=dtype or section.dtype, device=device, quantization=storage)
+        model = load_model(
+            section, dtype=dtype or section.dtype, device=device, quantization=storage, head=head_of(artefact)
+        )
     except UsageError as error:
         raise UsageError(f"{artefact.target}: its base model: {error}") from error
     expected = artefact.manifest.get("base", {}).get("fingerprint")
@@ -141,6 +146,33 @@ def quantization_of(artefact: Artefact) -> QuantizationSection | None:
     """Return how the base was quantised while an adapter was trained; None where it was not."""
     record = artefact.manifest.get("base", {}).get("quantization")
     return QuantizationSection(**record) if record else None
+
+
+def head_of(artefact: Artefact) -> Head | None:
+    """Return what the head of a classifier's adapter was made for; None for language models.
+
+    An adapter of another tool holds a head without names for its classes.
+    """
+    if "head" in artefact.manifest:
+        return Head(**artefact.manifest["head"])
+    if artefact.manifest or artefact.folder is None or _peft_task(artefact) not in CLASSIFICATION:
+        return None
+    with safe_open(artefact.folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        heads = [
+            name
+            for name in tensors.keys()  # noqa: SIM118  # not a dictionary
+            if name.endswith(".weight") and {"classifier", "score"} & set(name.split("."))
+        ]
+        classes = tensors.get_slice(heads[-1]).get_shape()[0] if heads else 2
+    return Head([f"LABEL_{i}" for i in range(classes)])
+
+
+def _peft_task(artefact: Artefact) -> Task | None:
+    """Return what an adapter without a record of ours is for, where its own settings say so."""
+    if artefact.folder is None or not artefact.is_adapter:
+        return None
+    kind = read_json(artefact.folder / ADAPTER_CONFIG).get("task_type")
+    return {"SEQ_CLS": "seq_cls", "TOKEN_CLS": "token_cls"}.get(str(kind))  # type: ignore[return-value]
 
 
 def attach(base: Any, artefact: Artefact, name: str = "default") -> Any:
@@ -186,7 +218,9 @@ def attach(base: Any, artefact: Artefact, name: str = "default") -> Any:
 
 def _with_task(section: ModelSection, artefact: Artefact) -> ModelSection:
     """Return the section with what a model without a record of ours does."""
-    return section if "task" in artefact.manifest else section.model_copy(update={"task": language_task(section)})
+    if "task" in artefact.manifest:
+        return section
+    return section.model_copy(update={"task": _peft_task(artefact) or language_task(section)})
 
 
 def tokenizer_of(artefact: Artefact) -> Any:

@@ -38,7 +38,11 @@ class ArtifactInfo:
 
 
 def build(
-    recipe: Recipe, base_fingerprint: str, chat_template: Any, config_changes: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    base_fingerprint: str,
+    chat_template: Any,
+    config_changes: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of peftctl.json for the result of a run.
 
@@ -47,6 +51,7 @@ def build(
         base_fingerprint: Of the base model's weights.
         chat_template: The tokenizer's: a string, a mapping of names to strings, or None.
         config_changes: What the base's configuration must be changed to before the result is attached, by key.
+        head: `labels` and `pad_token_id` of a classifier's head; None for a language model.
     """
     return {
         "format": FORMAT,
@@ -65,6 +70,7 @@ def build(
         "template_hash": hashlib.sha256(json.dumps(chat_template).encode()).hexdigest() if chat_template else None,
         "config_changes": dict(config_changes or {}),
         "tasks": [],
+        **({"head": dict(head)} if head else {}),
     }
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peftctl.artifacts.manifest import portable_name, read
 from peftctl.models.aliases import ALIASES, resolve
+from peftctl.models.classifier import classification_task, labels_of
 from peftctl.models.load import AUTO_CLASSES
 from peftctl.models.vocabulary import vocabulary_rows
 from peftctl.recipe.schema import Recipe
@@ -70,6 +71,13 @@ def render_merged_card(base: str, method: str, source: str, task: str, figures: 
     )
 
 
+def head_record(exported: Any) -> dict[str, Any] | None:
+    """Return what a classifier's head was made for; None for a language model."""
+    if exported is None or classification_task(exported) is None:
+        return None
+    return {"labels": labels_of(exported), "pad_token_id": exported.config.pad_token_id}
+
+
 def public_name(name_or_path: str) -> str:
     """Return how a base is called outside this machine: its hub id, or the name of its directory.
 
@@ -100,7 +108,7 @@ def _snippet(exported: Any, recipe: Recipe) -> str:
     if isinstance(exported, PreTrainedModel):
         return code(whole_lines("DIRECTORY", recipe.model.task))
     place = portable_name(resolve(recipe.model.name_or_path))
-    base = base_lines(place, recipe.model.task, recipe.model.dtype)
+    base = base_lines(place, recipe.model.task, recipe.model.dtype, head_record(exported))
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'
     if exported is None:
         return code([*base, tokenizer])
@@ -114,15 +122,21 @@ def _snippet(exported: Any, recipe: Recipe) -> str:
     return code([*first, "from peft import PeftModel", *base, adapter, tokenizer])
 
 
-def base_lines(place: str, task: str, dtype: str) -> list[str]:
-    """Return the lines of Python that load a base model."""
+def base_lines(place: str, task: str, dtype: str, head: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the lines of Python that load a base model, with the head of a classifier, see `manifest.build`."""
     auto, path = AUTO_CLASSES[task], Path(place)
     where = f'"{path.parent}", gguf_file="{path.name}"' if path.suffix == ".gguf" else f'"{place}"'
     return [
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'base = {auto}.from_pretrained({where}, dtype="{dtype}")',
+        f'base = {auto}.from_pretrained({where}, dtype="{dtype}"{_head_options(head)})',
     ]
+
+
+def _head_options(head: Mapping[str, Any] | None) -> str:
+    if not head:
+        return ""
+    return f", id2label={dict(enumerate(head['labels']))}, pad_token_id={head['pad_token_id']}"
 
 
 def whole_lines(place: str, task: str) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peftctl.artifacts import manifest as manifests
 from peftctl.artifacts.checks import check_weights
 from peftctl.artifacts.manifest import ArtifactInfo
-from peftctl.artifacts.model_card import render_card
+from peftctl.artifacts.model_card import head_record, render_card
 from peftctl.artifacts.rundir import RunDir, staged
 from peftctl.models.aliases import resolve
 from peftctl.models.vocabulary import vocabulary_rows
@@ -41,7 +41,7 @@ def save_artifact(
     """
     target = run.model if isinstance(exported, PreTrainedModel) else run.adapter
     grown = {"vocab_size": vocabulary_rows(exported)} if info.recipe.model.add_tokens and exported is not None else {}
-    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template, grown)
+    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template, grown, head_record(exported))
     with staged(target) as folder:
         folder.mkdir()
         if isinstance(exported, PreTrainedModel):

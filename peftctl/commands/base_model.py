@@ -12,7 +12,7 @@ from peftctl.artifacts.belonging import adapter_digest, label
 from peftctl.artifacts.merge_order import merge_in_order
 from peftctl.artifacts.rundir import RunDir
 from peftctl.commands.earlier import earlier_adapters
-from peftctl.commands.prepare import Prepared
+from peftctl.commands.prepare import Prepared, head_of
 from peftctl.console import Reporter
 from peftctl.errors import UsageError
 from peftctl.models.load import load_model
@@ -70,4 +70,5 @@ def load_base(ready: Prepared, device: torch.device) -> Any:
         device=device,
         attn_implementation=options.attn_implementation,
         quantization=ready.recipe.quantization,
+        head=head_of(ready.recipe, ready.tokenizer),
     )

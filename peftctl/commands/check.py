@@ -36,7 +36,8 @@ class CheckReport:
         advice: Where the plan does not fit: what would make it smaller, the largest effect first.
         supervision: Report of the training rows, and of the held-out rows.
         previews: Rows as (text, trained on?) pieces.
-        rows: The same rows as token ids and mask; of an encoder-decoder what it reads and what it writes.
+        rows: The same rows as token ids and mask; of an encoder-decoder what it reads and what it writes, of a
+            classifier with its classes.
         notices: What the user should know.
     """
 
@@ -139,7 +140,7 @@ def check(
         available=available,
         advice=advice,
         supervision=supervision,
-        previews=[preview(row, ready.tokenizer) for row in shown],
+        previews=[preview(row, ready.tokenizer, recipe.data.labels or ()) for row in shown],
         rows=[_tokens(row) for row in shown],
         notices=_notices(ready, planned),
     )
@@ -159,7 +160,7 @@ def _notices(ready: Prepared, planned: MemoryPlan) -> list[str]:
 
 
 def _tokens(row: EncodedRow) -> dict[str, Any]:
-    if row.paired:
+    if row.paired or row.classes:
         return {"input_ids": row.input_ids, "labels": row.labels}
     return {"input_ids": row.input_ids, "supervised": [label != -100 for label in row.labels]}
 

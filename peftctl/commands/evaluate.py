@@ -16,7 +16,8 @@ from peftctl.data.dataset import encode_all, load_examples
 from peftctl.errors import UsageError
 from peftctl.evaluation.evaluate import evaluate_rows
 from peftctl.models.aliases import cache_root
-from peftctl.recipe.schema import Recipe
+from peftctl.models.classifier import classification_task, labels_of
+from peftctl.recipe.schema import CLASSIFICATION, Recipe
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def evaluate(
     if with_base:
         if artefact.base is None:
             raise UsageError(f"{target}: is a whole model; there is no base to set beside it")
+        if settings.model.task in CLASSIFICATION:
+            raise UsageError(f"{target}: its base has no head for these classes; there is nothing to set beside it")
         base, _ = _measure(artefact.base, settings, examples)
     file = _write(artefact, metrics, base, samples)
     return Evaluation(target, metrics, base, samples, file)
@@ -70,9 +73,15 @@ def evaluate(
 
 def _measure(target: str, settings: Recipe, examples: Sequence[Any]) -> tuple[Mapping[str, float], list[Any]]:
     model, tokenizer = load(target, device=devices.current_device())
-    rows, _ = encode_all(examples, tokenizer, settings.data, cache_root(), settings.model.task)
-    collate = Collator(tokenizer, settings.data.pad_to_multiple_of)
-    result = evaluate_rows(model, tokenizer, examples, rows, settings.data, settings.eval, collate)
+    data, task = settings.data, settings.model.task
+    found = classification_task(model)
+    if (found or task) != task or (found is None and task in CLASSIFICATION):
+        raise UsageError(f"{target}: is a {found or 'language model'}, and the recipe has model.task {task}")
+    if found:  # the model's classes count, in its order
+        data = data.model_copy(update={"labels": labels_of(model)})
+    rows, _ = encode_all(examples, tokenizer, data, cache_root(), task)
+    collate = Collator(tokenizer, data.pad_to_multiple_of)
+    result = evaluate_rows(model, tokenizer, examples, rows, data, settings.eval, collate)
     return result.metrics, list(result.samples)
 
 

@@ -1,10 +1,15 @@
-"""`peftctl methods`: what there is, and what one method does. Imports no torch."""
+"""`peftctl methods`: what there is, and what one method does."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+from peftctl.commands import recipes
 from peftctl.methods import registry
+from peftctl.models.aliases import is_fetched
+from peftctl.models.load import meta_model
+from peftctl.recipe.schema import ModelSection, Recipe, Task
 
 
 def describe_all() -> list[dict[str, Any]]:
@@ -14,7 +19,7 @@ def describe_all() -> list[dict[str, Any]]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return one method's card and the keys of its `method:` section.
+    """Return one method's card, what its shipped recipe trains of the demo model, and the keys of its section.
 
     Raises:
         UsageError: There is no such method.
@@ -34,13 +39,33 @@ def describe(name: str) -> dict[str, Any]:
         "summary": card.summary,
         "trains": card.trains,
         "count": card.count,
+        "recipe": _shipped_count(name),
         "mergeable": card.mergeable,
         "merge_note": card.merge_note,
         "identity_at_init": card.identity_at_init,
         "identity_note": card.identity_note,
+        "disable_note": card.disable_note,
         "needs": card.needs,
         "tasks": list(card.tasks),
         "supports": sorted(card.supports),
         "keys": keys,
         "implies": dict(method.defaults),
     }
+
+
+def _shipped_count(name: str) -> dict[str, Any]:
+    """Return the model of a method's shipped recipe and how much of it trains; None where the model is not here."""
+    recipe = recipes.load_recipe(recipes.find(name).path)
+    model = recipe.model.name_or_path
+    return {"model": model, "trainable": trainable(recipe) if is_fetched(model) else None}
+
+
+def trainable(recipe: Recipe) -> int:
+    """Return how many parameters a recipe trains, by its method's closed form on the model's shapes."""
+    method = registry.get(recipe.method.name)(recipe.method)
+    return method.count(_shapes(recipe.model.name_or_path, recipe.model.task))
+
+
+@cache
+def _shapes(name: str, task: Task) -> Any:
+    return meta_model(ModelSection(name_or_path=name, task=task, dtype="float32"))

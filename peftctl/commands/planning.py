@@ -8,7 +8,7 @@ from typing import Any
 
 from peftctl.backends import device as devices
 from peftctl.backends.heap import heap_limit
-from peftctl.commands.prepare import Prepared, as_trained, attach_to_shapes, fit_rows
+from peftctl.commands.prepare import Prepared, as_trained, attach_to_shapes, fit_rows, head_of
 from peftctl.data.collate import Collator
 from peftctl.errors import UsageError
 from peftctl.models.load import meta_model
@@ -66,7 +66,9 @@ def plan(ready: Prepared, machine: Machine, recipe: Recipe | None = None) -> Mem
     varied = recipe or ready.recipe
     model, rows = ready.applied, ready.train_rows
     if varied.model != ready.recipe.model:
-        model = meta_model(as_trained(varied, ready.method), allow_stand_in=True)
+        model = meta_model(
+            as_trained(varied, ready.method), allow_stand_in=True, head=head_of(varied, ready.tokenizer)
+        )
         fit_rows(model, varied, ready.tokenizer)
         model = attach_to_shapes(varied, ready.method, model)[1]
     longest = varied.data.max_length

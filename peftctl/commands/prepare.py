@@ -9,18 +9,22 @@ from typing import Any
 
 from peftctl.backends.device import current_device, fast_dtype
 from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_start
-from peftctl.data.dataset import encode_all, fingerprint, load_examples, overlap
+from peftctl.data.classes import with_labels
+from peftctl.data.dataset import Examples, encode_all, fingerprint, load_examples, overlap
+from peftctl.data.collate import Collator
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError
+from peftctl.evaluation.metrics import metric_names
 from peftctl.methods import registry
 from peftctl.methods.base import Card, Context, Method
 from peftctl.models.aliases import cache_root
+from peftctl.models.classifier import Head
 from peftctl.models.load import meta_model
 from peftctl.models.quantize import refuse_without_library
 from peftctl.models.vocabulary import add_tokens, fit_vocabulary
-from peftctl.recipe.schema import ModelSection, Recipe
+from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,19 @@ def prepare(recipe: Recipe, *, allow_stand_in: bool = False, device: str | None 
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
     earlier_adapters(recipe)
-    model = meta_model(as_trained(recipe, method), allow_stand_in=allow_stand_in)
-    tokenizer = base_tokenizer(recipe, allow_stand_in=allow_stand_in)
+    examples = None
+    if recipe.model.task in CLASSIFICATION:  # the head has as many rows as the data have labels
+        examples = load_examples(recipe.data, recipe.train.seed)
+        recipe = with_classes(recipe, examples)
+    tokenizer = base_tokenizer(recipe, allow_stand_in=allow_stand_in) if examples else None
+    model = meta_model(as_trained(recipe, method), allow_stand_in=allow_stand_in, head=head_of(recipe, tokenizer))
+    tokenizer = tokenizer or base_tokenizer(recipe, allow_stand_in=allow_stand_in)
     method.new_token_ids = add_tokens(tokenizer, recipe.model.add_tokens)
     fit_rows(model, recipe, tokenizer)
     notices = [*method.notices(model), *_optimizer_notices(recipe, device or current_device().type)]
     total = sum(p.numel() for p in model.parameters())
     trainable, applied = attach_to_shapes(recipe, method, model)
-    examples = load_examples(recipe.data, recipe.train.seed)
+    examples = examples or load_examples(recipe.data, recipe.train.seed)
     method.prepare_tokenizer(tokenizer, examples.distinct, recipe)
     cache = cache_root()
     train_rows, train_report = encode_all(examples.train, tokenizer, recipe.data, cache, recipe.model.task)
@@ -114,6 +123,26 @@ def with_concrete_dtype(recipe: Recipe) -> Recipe:
         return recipe
     model = recipe.model.model_copy(update={"dtype": fast_dtype()})
     return recipe.model_copy(update={"model": model})
+
+
+def with_classes(recipe: Recipe, examples: Examples) -> Recipe:
+    """Return the recipe of a classifier with the labels that its data have.
+
+    Raises:
+        DataError: There is only one label, or a row has another than `data.labels` names.
+        UsageError: A metric does not fit the labels.
+    """
+    recipe = recipe.model_copy(update={"data": with_labels(recipe.data, examples.train, examples.eval)})
+    metric_names(recipe.eval, recipe.model.task, recipe.data.labels or ())
+    return recipe
+
+
+def head_of(recipe: Recipe, tokenizer: Any) -> Head | None:
+    """Return what the head of a recipe's classifier is made for; None for a language model."""
+    if recipe.model.task not in CLASSIFICATION or recipe.data.labels is None:
+        return None
+    pad = None if tokenizer is None else Collator(tokenizer).pad_id
+    return Head([str(label) for label in recipe.data.labels], pad)
 
 
 def fit_rows(model: Any, recipe: Recipe, tokenizer: Any) -> None:

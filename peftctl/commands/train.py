@@ -101,6 +101,10 @@ class _Run:
         self.resume = resume
         self.device = devices.current_device()
         self.collate = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of)
+        # Neither the base nor what is saved reads a method's own fields.
+        self.collate_training = Collator(
+            ready.tokenizer, self.recipe.data.pad_to_multiple_of, self.method.fields()
+        )
 
     def go(self) -> TrainResult:
         checkpoint = self._checkpoint()
@@ -170,13 +174,13 @@ class _Run:
         if self.trainable == 0:
             return Trained(steps=0, train_tokens=0, supervised_tokens=0, seconds=0.0, loss=float("nan"))
         if checkpoint is None:
-            self.method.calibrate(model, (self.collate([row]) for row in self.ready.train_rows))
+            self.method.calibrate(model, (self.collate_training([row]) for row in self.ready.train_rows))
         work = Workload(
             recipe=self.recipe,
             method=self.method,
             train_rows=self.ready.train_rows,
             eval_rows=self.ready.eval_rows,
-            collate=self.collate,
+            collate=self.collate_training,
             run=self.run,
             reporter=self.reporter,
         )

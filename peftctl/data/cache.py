@@ -29,9 +29,9 @@ from peftctl.recipe.schema import DataSection, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CODE = ("conversations.py", "turns.py", "rendering.py", "encode.py", "pairs.py", "cache.py")
+_CODE = ("conversations.py", "turns.py", "rendering.py", "encode.py", "pairs.py", "classes.py", "cache.py")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
-_FLAGS = ("truncated", "paired", "prompt_cut")
+_FLAGS = ("truncated", "paired", "prompt_cut", "classes")
 
 
 def cache_file(
@@ -43,7 +43,7 @@ def cache_file(
 ) -> Path:
     """Return where the encoded rows of these examples are kept under `root`."""
     digest = hashlib.sha256()
-    read = [task, data.format, data.template, data.max_length, data.loss_on]
+    read = [task, data.format, data.template, data.max_length, data.loss_on, data.labels]
     code = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _CODE]
     for part in (read, code, [version(name) for name in _LIBRARIES], _tokenizer_content(tokenizer)):
         digest.update(json.dumps(part).encode())
@@ -67,8 +67,8 @@ def load_rows(file: Path, examples: Sequence[Example]) -> list[list[EncodedRow]]
     ids, labels = _cut(tensors["ids"], tensors["length"]), _cut(tensors["labels"], tensors["label_length"])
     facts = (tensors[name].tolist() for name in ("source", "reason", *_FLAGS))
     for row_ids, row_labels, source, reason, *flags in zip(ids, labels, *facts, strict=True):
-        truncated, paired, prompt_cut = map(bool, flags)
-        row = EncodedRow(row_ids, row_labels, examples[source].where, truncated, reasons[reason], paired, prompt_cut)
+        state = dict(zip(_FLAGS, map(bool, flags), strict=True))
+        row = EncodedRow(row_ids, row_labels, examples[source].where, dropped_reason=reasons[reason], **state)
         groups[source].append(row)
     return groups
 
@@ -116,7 +116,8 @@ def _checksum(tensors: dict[str, np.ndarray]) -> str:
 def _content(example: Example) -> list[Any]:
     """Return what encoding reads of an example: all but its place."""
     messages = [[m.role, m.content, m.train, m.extra] for m in example.messages or []]
-    return [messages, example.tools, example.prompt, example.completion, example.text]
+    texts = [example.prompt, example.completion, example.text]
+    return [messages, example.tools, *texts, example.label, example.tokens, example.tags]
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -16,24 +16,32 @@ if TYPE_CHECKING:
 class Collator:
     """Pads rows on the right. Labels follow from rows alone, so that EOS as padding token does no harm.
 
-    Tokens and labels are padded apart: those of an encoder-decoder differ in length. Its decoder needs no mask, as no
+    Tokens and labels are padded apart: those of an encoder-decoder differ in length, and a text has one class. Its decoder needs no mask, as no
     position looks at the padding behind it.
 
     Args:
         tokenizer: Gives the padding token: its own, else EOS, else 0; padding is masked in any case.
         pad_to_multiple_of: Round the length of a batch up to a multiple of this many tokens.
+        fields: Fields that a method asks for besides (`Method.fields`): `task_ids`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_to_multiple_of: int | None = None,
+        fields: Sequence[str] = (),
+    ):
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = next(int(token) for token in candidates if token is not None)
         self.multiple = pad_to_multiple_of or 1
+        self.fields = fields
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Return input_ids and attention_mask, (batch, seq), and labels, (batch, seq of the labels), int64.
 
         seq is the longest row, rounded up to the multiple. No rows (a process without a share of the last step) give
-        a batch of one padding token without a label, so that every process still takes part in the step.
+        a batch of one padding token without a label, so that every process still takes part in the step. Where they
+        are asked for, task_ids, (batch,), say which of `data.sources` a row came from, or -1.
         """
         input_ids = self._padded([row.input_ids for row in rows], self.pad_id)
         labels = self._padded([row.labels for row in rows], IGNORED)
@@ -42,7 +50,11 @@ class Collator:
             attention_mask[i, : len(row.input_ids)] = 1
         if not rows:
             attention_mask[0, 0] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "task_ids" in self.fields:
+            sources = [-1 if row.source is None else row.source for row in rows]
+            batch["task_ids"] = torch.tensor(sources or [-1])
+        return batch
 
     def _padded(self, sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
         longest = max(map(len, sequences), default=1)

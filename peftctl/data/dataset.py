@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftctl.data.encode import EncodedRow, Encoder
+from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example, section_of, to_examples
-from peftctl.data.pairs import PairEncoder, encoder_of
+from peftctl.data.pairs import RowEncoder, encoder_of
 from peftctl.data.problems import Problems, wrong
 from peftctl.data.sources import read_rows
 from peftctl.data.supervision import SupervisionReport, refuse, report
@@ -113,7 +113,7 @@ def encode_all(
     Args:
         examples: Of one format.
         tokenizer: Of the model.
-        data: The section they came from.
+        data: The section they came from; for a classifier with its labels, see `classes.with_labels`.
         cache: Folder that keeps encoded rows between runs; None encodes anew.
         task: What the model does.
 
@@ -121,7 +121,8 @@ def encode_all(
         DataError: The tokenizer or its template does not fit, or more than `data.max_dropped` of the rows are dropped.
     """
     groups = _encoded_by_source(examples, tokenizer, data, cache, task)
-    kept, found = report(groups, tokenizer, [example.source for example in examples], data.sources)
+    origins = [example.source for example in examples]
+    kept, found = report(groups, tokenizer, origins, data.sources, data.labels or ())
     refuse(found, data)
     return kept, found
 
@@ -139,6 +140,8 @@ def _encoded_by_source(
     for source in dict.fromkeys(example.source for example in examples):
         own = [example for example in distinct.values() if example.source == source]
         groups = _encoded(own, tokenizer, section_of(data, source), cache, task)
+        if source is not None:
+            groups = [[replace(row, source=source) for row in group] for group in groups]
         rows.update(zip(map(id, own), groups, strict=True))
     return [rows[id(example)] for example in examples]
 
@@ -164,7 +167,7 @@ def _encoded(
     return groups
 
 
-def _encode_each(examples: Iterable[Example], encoder: Encoder | PairEncoder) -> list[list[EncodedRow]]:
+def _encode_each(examples: Iterable[Example], encoder: RowEncoder) -> list[list[EncodedRow]]:
     problems = Problems()
     groups = []
     for example in examples:

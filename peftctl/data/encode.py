@@ -28,17 +28,20 @@ _ANCHORS = ("\n", ".")
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row of a training set: a sequence for a causal model, or a pair of sequences for an encoder-decoder.
+    """One row of a training set: a sequence for a causal model, a pair of sequences, or a sequence with classes.
 
     Args:
         input_ids: Tokens, at most `data.max_length`; of a pair, what the encoder reads.
         labels: Of a sequence as many: the token itself where it is trained on, else -100. Of a pair what the decoder
-            writes, at most `data.max_length`. Not shifted.
+            writes, at most `data.max_length`. Not shifted. Of a text with a class that class alone; of words with classes
+            one at the first piece of each word, else -100.
         where: Place of the row it came from.
         truncated: Whether `max_length` cut off tokens that were to be trained on.
         dropped_reason: Why nothing in it can be trained on; None for a good row.
-        paired: Whether it is a pair.
+        paired: Whether it is a pair: for an encoder-decoder.
         prompt_cut: Whether `max_length` cut what the encoder reads.
+        classes: Whether its labels are classes, not tokens.
+        source: Which of `data.sources` it came from, counted from 0; None where there are none.
     """
 
     input_ids: list[int]
@@ -48,6 +51,8 @@ class EncodedRow:
     dropped_reason: str | None = None
     paired: bool = False
     prompt_cut: bool = False
+    classes: bool = False
+    source: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,8 +61,9 @@ class EncodedRow:
 
     @property
     def supervised(self) -> int:
-        """Tokens that are predicted and trained on; nothing predicts the first of a sequence."""
-        return sum(label != IGNORED for label in (self.labels if self.paired else self.labels[1:]))
+        """Tokens or classes that are predicted and trained on; nothing predicts the first token of a sequence."""
+        every = self.paired or self.classes
+        return sum(label != IGNORED for label in (self.labels if every else self.labels[1:]))
 
 
 class Encoder:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftctl.data.classes import TagEncoder, TextEncoder, class_encoder
 from peftctl.data.encode import EncodedRow, Encoder, has_answer
 from peftctl.data.formats import Example
 from peftctl.data.problems import wrong
 from peftctl.data.rendering import Renderer
-from peftctl.recipe.schema import DataSection, Task
+from peftctl.recipe.schema import CLASSIFICATION, DataSection, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from peftctl.data.turns import Turn
 
 
-def encoder_of(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Encoder | PairEncoder:
+def encoder_of(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> RowEncoder:
     """Return what makes rows for a task.
 
     Raises:
         DataError: The tokenizer does not fit the section, or the section the task.
     """
+    if task in CLASSIFICATION:
+        return class_encoder(task, tokenizer, data)
     return PairEncoder(tokenizer, data) if task == "seq2seq_lm" else Encoder(tokenizer, data)
 
 
@@ -107,3 +110,7 @@ class PairEncoder:
 
 def _dropped(where: str, reason: str) -> EncodedRow:
     return EncodedRow([], [], where, dropped_reason=reason, paired=True)
+
+
+RowEncoder = Encoder | PairEncoder | TextEncoder | TagEncoder
+"""What makes rows of examples."""

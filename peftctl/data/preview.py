@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def preview(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def preview(
+    row: EncodedRow, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str | int] = ()
+) -> list[tuple[str, bool]]:
     """Return (text, trained on?) pieces; put together they are the decoded row, special tokens included.
 
-    Of a pair the two sequences, each on a line of its own.
+    Of a pair the two sequences, each on a line of its own; of a text with a class the text, and the class's name.
     """
 
     def decoded(ids: list[int]) -> str:
@@ -25,6 +28,8 @@ def preview(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[s
 
     if row.paired:
         return [(decoded(row.input_ids) + "\n", False), (decoded(row.labels), True)] if row.labels else []
+    if row.classes and len(row.labels) < len(row.input_ids):
+        return [(decoded(row.input_ids) + "\n", False), (str(labels[row.labels[0]]), True)]
     whole = text(len(row.input_ids))
     pieces = []
     tokens = shown = 0

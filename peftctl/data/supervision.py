@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from peftctl.data.encode import IGNORED, EncodedRow
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACES = 3
+_CLASSES = 20
+"""Labels that a line names."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class SupervisionReport:
         eos_supervised: Share of rows whose last trained token is EOS or an end-of-turn token.
         doubled_bos: Rows that begin with two BOS tokens.
         pad_is_eos: Whether padding is the EOS token; harmless here, as labels never follow from padding.
+        classes: Label -> how many rows, or words, have it; empty for language models.
         split_conversations: Conversations of several rows, because earlier turns read differently in later prompts.
         longest: Tokens of the longest row.
         median: Median of the tokens of a row.
@@ -104,6 +108,7 @@ class SupervisionReport:
     median: int
     p95: int
     sources: tuple[SourceReport, ...] = ()
+    classes: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[list[str]]:
         """Return (name, value) pairs to show."""
@@ -111,12 +116,10 @@ class SupervisionReport:
             ["rows", f"{self.kept:,}" if self.kept == self.rows else f"{self.kept:,} of {self.rows:,}"],
             *([f"dropped: {reason}", _counted(dropped)] for reason, dropped in self.dropped.items()),
             ["tokens", f"{self.tokens:,}"],
-            ["trained on", f"{self.supervised_tokens:,} ({self.share:.1%})"],
+            *self._labels(),
             *(source.line(i) for i, source in enumerate(self.sources, 1)),
             ["row length", f"median {self.median:,}, p95 {self.p95:,}, longest {self.longest:,}"],
-            ["answers cut by max_length", f"{self.truncated_answers:,}"],
-            *([["prompts cut by max_length", f"{self.cut_prompts:,}"]] if self.cut_prompts else []),
-            ["rows that train the end token", f"{self.eos_supervised:.1%}"],
+            *self._cut(),
             ["rows with a doubled BOS", f"{self.doubled_bos:,}"],
         ]
         if self.split_conversations:
@@ -126,9 +129,25 @@ class SupervisionReport:
                     f"{self.split_conversations:,} (earlier turns read differently in later prompts)",
                 ]
             )
-        if self.pad_is_eos:
+        if self.pad_is_eos and not self.classes:
             lines.append(["padding", "is the EOS token; EOS is trained on all the same"])
         return lines
+
+    def _labels(self) -> list[list[str]]:
+        if not self.classes:
+            return [["trained on", f"{self.supervised_tokens:,} ({self.share:.1%})"]]
+        counts = [f"{label} {count:,}" for label, count in self.classes.items()]
+        more = f", and {len(counts) - _CLASSES} more" if len(counts) > _CLASSES else ""
+        return [["labels", f"{self.supervised_tokens:,} ({', '.join(counts[:_CLASSES])}{more})"]]
+
+    def _cut(self) -> list[list[str]]:
+        if self.classes:
+            return [["rows cut by max_length", f"{self.truncated_answers + self.cut_prompts:,}"]]
+        return [
+            ["answers cut by max_length", f"{self.truncated_answers:,}"],
+            *([["prompts cut by max_length", f"{self.cut_prompts:,}"]] if self.cut_prompts else []),
+            ["rows that train the end token", f"{self.eos_supervised:.1%}"],
+        ]
 
     def warnings(self) -> Iterator[str]:
         """Yield what the user should know before training."""
@@ -137,15 +156,25 @@ class SupervisionReport:
         for i, source in enumerate(self.sources):
             if not source.rows:
                 yield f"data.sources[{i}]: none of its rows is trained on; give it more rows or a higher weight"
+        if self.doubled_bos:
+            yield f"data: {self.doubled_bos:,} rows begin with two BOS tokens: take BOS out of your rows"
+        if self.classes:
+            yield from self._class_warnings()
+            return
         if self.truncated_answers:
             yield f"data: {self.truncated_answers:,} rows have answers cut by data.max_length: raise it or shorten them"
         if self.cut_prompts:
             yield f"data: {self.cut_prompts:,} prompts are cut by data.max_length: raise it or shorten them"
-        if self.doubled_bos:
-            yield f"data: {self.doubled_bos:,} rows begin with two BOS tokens: take BOS out of your rows"
         unended = round((1 - self.eos_supervised) * self.kept) - self.truncated_answers
         if unended > 0:
             yield f"data: {unended:,} rows do not train an end token: the model may not learn to stop"
+
+
+    def _class_warnings(self) -> Iterator[str]:
+        if cut := self.truncated_answers + self.cut_prompts:
+            yield f"data: {cut:,} rows are cut by data.max_length: raise it or shorten them"
+        if missing := [label for label, count in self.classes.items() if not count]:
+            yield f"data: no row has the label {', '.join(missing[:_PLACES])}{', ...' * (len(missing) > _PLACES)}"
 
 
 def report(
@@ -153,6 +182,7 @@ def report(
     tokenizer: PreTrainedTokenizerBase,
     origins: Sequence[int | None] = (),
     sources: Sequence[Source] | None = None,
+    labels: Sequence[str | int] = (),
 ) -> tuple[list[EncodedRow], SupervisionReport]:
     """Return the rows to train on and the figures of all rows.
 
@@ -161,6 +191,7 @@ def report(
         tokenizer: That encoded them.
         origins: The source of each example.
         sources: `data.sources`.
+        labels: `data.labels`, of a classifier.
     """
     rows = [row for group in groups for row in group]
     kept = [row for row in rows if row.dropped_reason is None]
@@ -187,6 +218,7 @@ def report(
         median=lengths[len(lengths) // 2],
         p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
         sources=_by_source(groups, origins, sources or (), tokens),
+        classes=_classes(kept, labels),
     )
 
 
@@ -232,6 +264,13 @@ def _source_report(source: Source, rows: Sequence[EncodedRow], all_tokens: int) 
     )
 
 
+def _classes(rows: Sequence[EncodedRow], labels: Sequence[str | int]) -> dict[str, int]:
+    if not any(row.classes for row in rows):
+        return {}
+    counts = Counter(label for row in rows for label in row.labels)
+    return {str(label): counts[i] for i, label in enumerate(labels)}
+
+
 def _dropped(rows: Sequence[EncodedRow]) -> dict[str, Dropped]:
     places: dict[str, list[str]] = {}
     for row in rows:
@@ -247,7 +286,7 @@ def _counted(dropped: Dropped) -> str:
 
 
 def _is_sequence(row: EncodedRow) -> bool:
-    return row.dropped_reason is None and not row.paired
+    return row.dropped_reason is None and not row.paired and not row.classes
 
 
 def _last_supervised(row: EncodedRow) -> int | None:

@@ -1,4 +1,4 @@
-"""Loss, perplexity and token accuracy on held-out rows."""
+"""Loss, perplexity and token accuracy on held-out rows; accuracy and F1 of classifiers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 from peftctl.data.encode import EncodedRow
 from peftctl.errors import UsageError
+from peftctl.evaluation.classes import classify
 from peftctl.evaluation.mode import evaluating
+from peftctl.models.classifier import classification_task
 from peftctl.models.supervised import supervised_forward
 
 
@@ -20,21 +22,23 @@ def held_out_loss(
     collate: Callable[[Sequence[EncodedRow]], Mapping[str, torch.Tensor]],
     batch_size: int,
 ) -> dict[str, float]:
-    """Measure how well a model predicts the supervised tokens of rows.
+    """Measure how well a model predicts the supervised tokens, or the classes, of rows.
 
     Args:
-        model: A language model; it is in its former mode afterwards.
+        model: A language model or a classifier; it is in its former mode afterwards.
         rows: Held-out rows.
         collate: Pads rows to a batch.
         batch_size: Rows a forward pass; changes memory and time, not the result.
 
     Returns:
         loss (nats, mean over supervised tokens of all rows), perplexity, token_accuracy (share of supervised tokens
-        that had the highest logit) and supervised_tokens.
+        that had the highest logit) and supervised_tokens; of a classifier what `classify` measures.
 
     Raises:
         UsageError: No row has a supervised token.
     """
+    if classification_task(model):
+        return classify(model, rows, collate, batch_size).metrics
     # Rows of similar length together, so that little is padding; the longest first, so that memory runs out at once.
     ordered = sorted(rows, key=lambda row: row.tokens, reverse=True)
     loss, correct, tokens = 0.0, 0, 0

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftctl.models import classifier
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CLASSIFICATION = ("seq_cls", "token_cls")
-"""Tasks whose head does not come with the base."""
+PEFT_HEADS = ("classifier", "score")
+"""Modules that peft trains and saves with an adapter whose task type is SEQ_CLS or TOKEN_CLS, without being asked."""
 
 
-def head_names(model: PreTrainedModel, task: str) -> list[str]:
-    """Return the names of the modules outside the backbone, e.g. `classifier`; none for language models.
-
-    peft finds the same ones for its SEQ_CLS and TOKEN_CLS, and saves them with the adapter.
-    """
-    if task not in CLASSIFICATION:
-        return []
-    children = model.named_children()
-    return [name for name, child in children if name != model.base_model_prefix and list(child.parameters())]
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules outside the backbone, e.g. `classifier`; none for language models."""
+    return classifier.head_names(model)
 
 
-def head_parameters(model: PreTrainedModel, task: str) -> int:
+def unknown_to_peft(model: PreTrainedModel) -> list[str]:
+    """Return the modules of the head that peft must be told of by `modules_to_save`, e.g. `pre_classifier`."""
+    return [name for name in classifier.head_names(model) if name not in PEFT_HEADS]
+
+
+def head_parameters(model: PreTrainedModel) -> int:
     """Return how many parameters the head has."""
-    return sum(p.numel() for name in head_names(model, task) for p in model.get_submodule(name).parameters())
+    return sum(p.numel() for name in head_names(model) for p in model.get_submodule(name).parameters())

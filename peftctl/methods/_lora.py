@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftctl.errors import UsageError
 from peftctl.methods import _targets, base
 from peftctl.methods._selection import Selection, select, tied_head
 from peftctl.recipe.schema import Positive
@@ -131,3 +132,17 @@ class LoraMethod(base.Method):
         # For training; saved and reloaded as peft's own.
         config._register_custom_module(training_layers(model))
         return config
+
+
+def refuse_embeddings(selection: Selection, method: str) -> Selection:
+    """Return a selection without embeddings, for methods that give A and B different roles.
+
+    Raises:
+        UsageError: A target is an embedding, beside which A is the factor that starts at zero.
+    """
+    from torch import nn
+
+    for name, layer in selection.layers.items():
+        if isinstance(layer.module, nn.Embedding):
+            raise UsageError(f"method.target_modules: {name} is an embedding; {method} takes linear layers only")
+    return selection

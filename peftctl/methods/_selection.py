@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from peftctl.errors import UsageError, did_you_mean
 from peftctl.methods import _targets
+from peftctl.methods._heads import head_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,8 @@ class Selection:
 
     Args:
         layers: Targets by name.
-        whole: Modules that train whole, by name, none inside another; of a tied pair only the input embedding.
+        whole: Modules that train whole, by name, none inside another; of a tied pair only the input embedding; and the
+            head of a classifier.
         token_rows: Modules in which the rows of the new tokens train, by name; of a tied pair only the embedding.
         tied: The output head, where it shares the matrix of an input embedding in `whole`.
     """
@@ -70,7 +72,7 @@ def select(model: PreTrainedModel, config: LoraKeys, new_tokens: int) -> Selecti
     Raises:
         UsageError: A key selects nothing, or two keys want the same module.
     """
-    whole = _whole_modules(model, config.modules_to_save)
+    whole = _whole_modules(model, [*config.modules_to_save, *head_names(model)])
     targets = _targets.resolve_targets(model, config.target_modules)
     modules = {
         name: module

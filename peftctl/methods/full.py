@@ -32,7 +32,7 @@ class Method(base.Method):
         summary="Every weight trains; the result is a whole model.",
         trains="all parameters",
         count="all parameters, tied ones once",
-        tasks=("causal_lm", "seq2seq_lm"),
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         merge_note="the result is a whole model already",
         supports=frozenset({"new_tokens", "gradient_checkpointing", "resume"}),
     )

@@ -32,7 +32,7 @@ class Method(LoraMethod):
         summary="A low-rank update B A beside each chosen linear layer; folds into the weights without cost.",
         trains="A and B of every target",
         count="sum over targets of r * (d_in + d_out), d_out of the trained parts; plus modules_to_save and new rows",
-        tasks=("causal_lm", "seq2seq_lm"),
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         supports=frozenset({"gradient_checkpointing", "resume", "4bit", "8bit", "new_tokens"}),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peftctl.errors import UsageError
 
@@ -41,21 +43,55 @@ def linear_parts(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]
     Returns:
         `attention` and `mlp`: the names of each, in the given order. Routers of experts belong to neither.
     """
-    modules = dict(model.named_modules())
-    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    parts: dict[str, dict[str, list[str]]] = {name: {"attention": [], "mlp": []} for name in outermost}
-    for name in names:
-        home = next((home for home in outermost if name.startswith(home + ".")), None)
-        if home is None or name.rsplit(".", 1)[-1] in _ROUTERS:
-            continue
-        below = name[len(home) + 1 :].split(".")[1:]  # the first is the block's number
-        prefix = name[: len(name) - len(".".join(below))]
-        above = (modules[prefix + ".".join(below[:depth])] for depth in range(1, len(below)))
-        marked = any(_is_attention(part) for part in below) or any(_is_attention(type(m).__name__) for m in above)
-        parts[home]["attention" if marked else "mlp"].append(name)
+    parts: dict[str, dict[str, list[str]]] = {}
+    for place in _places(model, names):
+        of_list = parts.setdefault(place.home, {"attention": [], "mlp": []})
+        of_list["attention" if place.attention is not None else "mlp"].append(place.name)
     blocks = [found for found in parts.values() if found["attention"]]
     return {part: [name for found in blocks for name in found[part]] for part in ("attention", "mlp")}
+
+
+def sublayer_ends(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Find the linear layers whose output goes back to the residual stream, one in every sublayer.
+
+    It is the last one that the sublayer creates among those that return states of the model's width. A block has one
+    feed-forward sublayer, and one sublayer for each module of attention: a decoder with cross-attention has two.
+
+    Args:
+        model: Any transformer.
+        names: Of its linear layers, in the model's order.
+
+    Returns:
+        `attention` and `mlp`: the names of each, in the given order.
+
+    Raises:
+        UsageError: A sublayer has none, as where experts share it, or a block has no feed-forward sublayer.
+    """
+    names = list(names)
+    width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    places = list(_places(model, names))
+    homes = {place.home for place in places if place.attention is not None}
+    ends: dict[tuple[str, str | None], str | None] = {}
+    for place in places:
+        if place.home in homes:
+            fits = _width(model.get_submodule(place.name)) == width
+            ends[place.block, place.attention] = place.name if fits else ends.get((place.block, place.attention))
+    blocks = {block: {attention is None for other, attention in ends if other == block} for block, _ in ends}
+    plain = all(found == {True, False} and not _has_experts(model.get_submodule(b)) for b, found in blocks.items())
+    if not ends or not plain or None in ends.values():
+        known = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise UsageError(
+            f"where the sublayers of the {model.config.model_type} architecture end is not known here; "  # type: ignore[union-attr]
+            f"give method.target_modules: the layer that each of them ends with, among {', '.join(known)}"
+        )
+    chosen = {name: "mlp" if attention is None else "attention" for (_, attention), name in ends.items()}
+    return {part: [name for name in names if chosen.get(name) == part] for part in ("attention", "mlp")}
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the LayerNorms and RMSNorms that have parameters, by name: every architecture calls its class a norm."""
+    named = model.named_modules()
+    return {name: m for name, m in named if "norm" in type(m).__name__.lower() and list(m.parameters(recurse=False))}
 
 
 def fused_parts(config: Any, name: str, rows: int) -> dict[str, list[int]] | None:
@@ -79,6 +115,45 @@ def fused_parts(config: Any, name: str, rows: int) -> dict[str, list[int]] | Non
         found[part] = [group * stride + first + i for group in range(groups) for i in range(size)]
         first += size
     return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a linear layer is: the list of blocks, the block, and the module of attention around it, if any."""
+
+    name: str
+    home: str
+    block: str
+    attention: str | None
+
+
+def _places(model: nn.Module, names: Iterable[str]) -> Iterator[_Place]:
+    """Yield where linear layers are, without those outside of blocks and those that choose experts."""
+    modules = dict(model.named_modules())
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    for name in names:
+        home = next((home for home in outermost if name.startswith(home + ".")), None)
+        if home is None or name.rsplit(".", 1)[-1] in _ROUTERS:
+            continue
+        number, *below = name[len(home) + 1 :].split(".")
+        block = f"{home}.{number}"
+        above = [".".join([block, *below[:depth]]) for depth in range(1, len(below))]
+        marked = [n for n in above if _is_attention(n.rsplit(".", 1)[-1]) or _is_attention(type(modules[n]).__name__)]
+        parent = name.rpartition(".")[0]
+        attention = marked[0] if marked else parent if _is_attention(below[-1]) else None
+        yield _Place(name, home, block, attention)
+
+
+def _has_experts(block: nn.Module) -> bool:
+    """Tell whether experts share a sublayer: none of their linear layers returns its output."""
+    return any("expert" in name for name, _ in block.named_modules()) or any(p.dim() > 2 for p in block.parameters())
+
+
+def _width(layer: nn.Module) -> int:
+    width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+    assert isinstance(width, int)
+    return width
 
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from peftctl.models.classifier import backbone_of, bare
+
 _SAMPLES = 4096
 _GOLDEN = 0.6180339887498949
 _SMALLEST = 2.0**-14
@@ -25,11 +27,10 @@ def weights_fingerprint(model: Any) -> str:
     """Return the sha256 (hex) of a model's base weights.
 
     Args:
-        model: A plain model, or a PeftModel, of which adapters, prompts and trained copies of modules are left out.
+        model: A plain model, or a PeftModel, of which adapters, prompts and trained copies of modules are left out; so
+            is the head of a classifier, which is new in every run.
     """
-    from peft import PeftModel
-
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = backbone_of(bare(model))
     return _digest({id(tensor): tensor for tensor in _base_tensors(base)}.values())  # files hold a shared tensor once
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftctl.errors import ArtifactError, UsageError
 from peftctl.models import shapes
+from peftctl.models.classifier import Head, head_names, task_of_class
 from peftctl.models.quantize import keep_packing, library_config, refuse_without_library
 from peftctl.models.source import Source, explained, refuse_folder, refuse_weights, some, source_of
-from peftctl.recipe.schema import ModelSection, QuantizationSection, Task
+from peftctl.recipe.schema import CLASSIFICATION, ModelSection, QuantizationSection, Task
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,6 @@ AUTO_CLASSES = {
     "seq_cls": "AutoModelForSequenceClassification",
     "token_cls": "AutoModelForTokenClassification",
 }
-_NEW_HEADS = ("seq_cls", "token_cls")
-"""Tasks whose head a pretrained checkpoint does not hold."""
 STAND_IN_TOKENIZER = "smollm2-135m"
 """Whose tokenizer counts the tokens of rows where the model's own is not to be had."""
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
@@ -91,8 +90,9 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     quantization: QuantizationSection | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """Return the model with its weights, in evaluation mode.
+    """Return the model with its weights, in evaluation mode; of a classifier, a head without weights is drawn anew.
 
     Args:
         model: What to load.
@@ -100,6 +100,7 @@ def load_model(
         device: Where to put it; None leaves it on the CPU.
         attn_implementation: Attention kernel; None takes the section's, else the library's choice.
         quantization: How the weights are stored; None leaves them as they are.
+        head: What a classifier's head is made for; None takes what the configuration says.
 
     Raises:
         UsageError: No such model, or not one that can be loaded as asked.
@@ -126,6 +127,7 @@ def load_model(
             output_loading_info=True,
             **({"attn_implementation": kernel} if kernel else {}),
             **quantized,
+            **(head.config() if head else {}),
             **source.options,
         )
     _refuse_gaps(source, model, loaded, report)
@@ -138,12 +140,13 @@ def load_model(
         return loaded.to(device).eval() if device is not None else loaded.eval()
 
 
-def meta_model(model: ModelSection, *, allow_stand_in: bool = False) -> PreTrainedModel:
+def meta_model(model: ModelSection, *, allow_stand_in: bool = False, head: Head | None = None) -> PreTrainedModel:
     """Return the model without weights, on the meta device: shapes and names from its configuration alone.
 
     Args:
         model: What to build.
         allow_stand_in: Take the shapes that peftctl ships where the model can't be had here.
+        head: What a classifier's head is made for; None takes what the configuration says.
 
     Raises:
         UsageError: No such model, or none that can do the section's task.
@@ -155,11 +158,11 @@ def meta_model(model: ModelSection, *, allow_stand_in: bool = False) -> PreTrain
     if allow_stand_in and (shape := stand_in(model)):
         name = model.name_or_path
         with explained(Source(name, name, None, {}), f"can't be built as {model.task}"):
-            return shape.build(_auto_class(model), getattr(torch, model.dtype))
+            return shape.build(_auto_class(model), getattr(torch, model.dtype), head.config() if head else {})
     source = source_of(model)
     refuse_folder(source)
     with explained(source, "its configuration can't be read"):
-        config = AutoConfig.from_pretrained(source.place, **source.options)
+        config = AutoConfig.from_pretrained(source.place, **(head.config() if head else {}), **source.options)
     with explained(source, f"can't be built as {model.task}"), torch.device("meta"):
         return _auto_class(model).from_config(
             config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
@@ -167,7 +170,7 @@ def meta_model(model: ModelSection, *, allow_stand_in: bool = False) -> PreTrain
 
 
 def language_task(model: ModelSection) -> Task:
-    """Return what a language model does by its configuration: continue a text, or read one and write another.
+    """Return what a model does by its configuration: continue a text, read one and write another, or name classes.
 
     Raises:
         UsageError: No such model.
@@ -181,24 +184,28 @@ def language_task(model: ModelSection) -> Task:
         return "causal_lm"
     with explained(source, "its configuration can't be read"):
         config = AutoConfig.from_pretrained(source.place, **source.options)
-    return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    classes = (task_of_class(name) for name in config.architectures or ())
+    return next((task for task in classes if task), "seq2seq_lm" if config.is_encoder_decoder else "causal_lm")
 
 
 def _refuse_gaps(source: Source, model: ModelSection, loaded: PreTrainedModel, report: dict[str, Any]) -> None:
     """Raise where tensors of the model were not in the files: the library would leave random numbers there."""
-    missing = set(report["missing_keys"])
-    if model.task in _NEW_HEADS:
-        missing = {key for key in missing if key.startswith(loaded.base_model_prefix + ".")}
+    new = tuple(f"{name}." for name in head_names(loaded))
+    missing = {key for key in report["missing_keys"] if not key.startswith(new)}
     if missing:
         raise ArtifactError(
             f"{source.name}: the weight files lack {len(missing)} of the tensors that config.json asks for: "
             f"{some(missing)}; the copy is incomplete or belongs to another configuration"
         )
-    wrong = {f"{key} is {tuple(found)}, expected {tuple(asked)}" for key, found, asked in report["mismatched_keys"]}
+    wrong = {
+        f"{key} is {tuple(found)}, expected {tuple(asked)}"
+        for key, found, asked in report["mismatched_keys"]
+        if not key.startswith(new)  # a head for other classes
+    }
     if wrong:
         raise ArtifactError(f"{source.name}: weights do not fit config.json: {some(wrong)}; one of the two is wrong")
     unread = set(report["unexpected_keys"])
-    if unread:
+    if unread and model.task not in CLASSIFICATION:  # there the heads of what the backbone was trained for
         warnings.warn(f"{source.name}: {len(unread)} tensors of its files are not used: {some(unread)}", stacklevel=3)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,12 +48,15 @@ class Shape:
         """Whether the model itself can only be built by the Python code that comes with it."""
         return self.modules is not None
 
-    def build(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
+    def build(
+        self, auto_class: Any, dtype: torch.dtype, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> PreTrainedModel:
         """Return the model on the meta device.
 
         Args:
             auto_class: The library's class of the task, e.g. AutoModelForCausalLM.
             dtype: Of the weights.
+            changes: Keys of the configuration on top.
 
         Raises:
             ValueError: The architecture has no such task.
@@ -63,7 +67,7 @@ class Shape:
         if self.modules is not None:
             return _listed(self, dtype)
         with torch.device("meta"):
-            return auto_class.from_config(AutoConfig.for_model(**self.config), dtype=dtype)
+            return auto_class.from_config(AutoConfig.for_model(**{**self.config, **changes}), dtype=dtype)
 
 
 def find(name: str) -> Shape | None:

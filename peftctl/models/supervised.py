@@ -3,6 +3,8 @@
 A decoder-only model predicts at each position the token that follows in its input. The decoder of an encoder-decoder
 reads the labels shifted by one, with a start token before them, and predicts at each position the label of the same.
 
+A classifier names a class of a row (`seq_cls`) or of each word at its first piece (`token_cls`); nothing is shifted.
+
 The logits of the other positions do not enter the loss, so leaving them out changes neither the loss nor a gradient; it
 saves their share of the head's matrix product and of (batch x seq x vocab) memory. A pre-hook on the output
 embeddings picks the rows, so the model's own code (a LoRA on the head, soft-capping, logit scales) runs unchanged.
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from peftctl.errors import UsageError
+from peftctl.models.classifier import classification_task
 
 IGNORED = -100
 _CHUNK = 1024
@@ -29,8 +32,8 @@ class Supervised:
     """The supervised positions of a batch, row after row.
 
     Args:
-        logits: (n, vocab), of the positions that predict the supervised tokens.
-        labels: (n,), the supervised tokens.
+        logits: (n, vocab), of the positions that predict the supervised tokens; of a classifier (n, classes).
+        labels: (n,), the supervised tokens, or the classes.
         smoothing: ε, the share of the target that `cross_entropy` spreads evenly over the vocabulary.
     """
 
@@ -47,16 +50,18 @@ class Supervised:
         return (self.logits.argmax(dim=-1) == self.labels).sum()
 
 
-def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor]) -> Supervised:
-    """Run a language model and return its logits at supervised positions.
+def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: Any = None) -> Supervised:
+    """Run a model and return its logits at supervised positions.
 
     Token 0 of a row is never supervised in a causal model, whatever its label: there is nothing to predict it from.
 
     Args:
-        model: A causal language model or an encoder-decoder, also inside a PeftModel; prompts that lengthen the
-            sequence are fine.
+        model: A causal language model, an encoder-decoder or a classifier, also inside a PeftModel; prompts that
+            lengthen the sequence are fine.
         batch: input_ids and attention_mask, (batch, seq), and labels, (batch, seq), padded on either side. Labels of
-            an encoder-decoder have a length of their own and are padded on the right. Further fields are passed on.
+            an encoder-decoder have a length of their own and are padded on the right; those of `seq_cls` stand in the
+            first column. Further fields are passed on.
+        wrapper: What to call in place of the model: the engine around it that several processes train through.
 
     Returns:
         n = `count_supervised(model, labels)`.
@@ -67,17 +72,29 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor]) -> Supervi
     row, position = (predicted != IGNORED).nonzero(as_tuple=True)
     places = _Places(row, position, labels.shape[1])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if classification_task(model):
+        return _classified(model, wrapper or model, inputs, labels, places)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     with _rows_before_head(model, places) as hooked:
-        logits = model(**inputs, use_cache=False).logits
+        logits = (wrapper or model)(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
     chosen = logits.squeeze(0) if hooked else places.pick(logits)
     return Supervised(chosen, predicted[row, position].to(chosen.device))
 
 
+def _classified(
+    model: Any, called: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, places: _Places
+) -> Supervised:
+    """Return the logits of the rows, or of the first pieces of words, that have a class."""
+    cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    logits = called(**inputs, **cached).logits
+    chosen = logits[places.row.to(logits.device)] if logits.dim() == 2 else places.pick(logits)
+    return Supervised(chosen, labels[places.row, places.position].to(chosen.device))
+
+
 def count_supervised(model: Any, labels: torch.Tensor) -> int:
-    """Return the number of tokens that a model predicts and is trained on."""
+    """Return the number of tokens, or of classes, that a model predicts and is trained on."""
     return int((_predicted(model, labels) != IGNORED).sum())
 
 
@@ -97,7 +114,10 @@ def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def _predicted(model: Any, labels: torch.Tensor) -> torch.Tensor:
     """Return the labels that positions 0, 1, ... of the logits predict."""
-    return labels if model.config.is_encoder_decoder else labels[:, 1:]
+    task = classification_task(model)
+    if task == "seq_cls":
+        return labels[:, :1]
+    return labels if task or model.config.is_encoder_decoder else labels[:, 1:]
 
 
 @dataclass(frozen=True)

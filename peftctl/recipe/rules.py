@@ -25,6 +25,13 @@ FORMAT_FIELDS = {
 # Formats without an exchange to render: every token of a text is trained on, and labels are no tokens.
 UNREAD_BY_FORMAT = dict.fromkeys(("text", "labelled_text", "tokens_tags"), ("template", "loss_on"))
 
+_GENERATED = ("exact_match", "rouge_l", "contains", "regex")
+_LANGUAGE_METRICS = ("loss", "perplexity", "token_accuracy", *_GENERATED)
+_METRICS_OF_TASK = {
+    "seq_cls": ("loss", "accuracy", "macro_f1"),
+    "token_cls": ("loss", "accuracy", "macro_f1", "entity_f1"),
+}
+
 _FORMAT_OF_TASK = {"seq_cls": "labelled_text", "token_cls": "tokens_tags"}
 _ANSWER_FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 
@@ -71,6 +78,8 @@ def conflicts(view: View) -> Iterator[Finding]:
     yield from _rivals(view)
     yield from _unread_by_format(view)
     yield from _format_and_task(view)
+    yield from _labels(view)
+    yield from _metrics_and_task(view)
     yield from _columns(view)
     yield from _pattern(view)
     yield from _training_rows(view)
@@ -193,6 +202,28 @@ def _format_and_task(view: View) -> Iterator[Finding]:
         yield Finding(place, message, f"use {' or '.join(fitting)}, or change model.task")
 
 
+def _labels(view: View) -> Iterator[Finding]:
+    labels, task = view.values.get("data.labels"), view.values.get("model.task")
+    if labels is None:
+        return
+    if task is not None and task not in _FORMAT_OF_TASK:
+        message = f"data.labels: {task} has no classes; only {' and '.join(_FORMAT_OF_TASK)} read it"
+        yield Finding(view.at("data.labels"), message, "remove it, or change model.task")
+    names = [str(label) for label in labels]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield Finding(view.at("data.labels"), f"data.labels: {', '.join(twice)} twice", "list each label once")
+
+
+def _metrics_and_task(view: View) -> Iterator[Finding]:
+    task, metrics = view.values.get("model.task"), view.values.get("eval.metrics")
+    if task is None or metrics is None:
+        return
+    fitting = _METRICS_OF_TASK.get(task, _LANGUAGE_METRICS)
+    if wrong := [metric for metric in metrics if metric not in fitting]:
+        message = f"eval.metrics: {', '.join(wrong)} does not fit model.task {task}"
+        yield Finding(view.at("eval.metrics"), message, f"use {', '.join(fitting)}")
+
+
 def _columns(view: View) -> Iterator[Finding]:
     for layout in _layouts(view):
         known = FORMAT_FIELDS[layout.format]
@@ -209,8 +240,9 @@ def _columns(view: View) -> Iterator[Finding]:
 
 def _pattern(view: View) -> Iterator[Finding]:
     metrics, pattern = view.values.get("eval.metrics"), view.values.get("eval.pattern")
-    if metrics is None or "eval.pattern" not in view.values:
+    if "eval.metrics" not in view.values or "eval.pattern" not in view.values:
         return
+    metrics = metrics or ()
     if pattern is not None and not {"contains", "regex"} & set(metrics):
         message = "eval.pattern: only the metrics contains and regex read it"
         yield Finding(view.at("eval.pattern"), message, "add one of them to eval.metrics, or remove it")

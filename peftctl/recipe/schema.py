@@ -10,9 +10,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 Task = Literal["causal_lm", "seq2seq_lm", "seq_cls", "token_cls"]
+CLASSIFICATION = ("seq_cls", "token_cls")
+"""Tasks that name classes; a pretrained checkpoint does not hold their head."""
 DType = Literal["float32", "bfloat16", "float16"]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled_text", "tokens_tags"]
-Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "rouge_l", "contains", "regex"]
+Metric = Literal[
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "rouge_l",
+    "contains",
+    "regex",
+    "accuracy",
+    "macro_f1",
+    "entity_f1",
+]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"]
 Scheduler = Literal["constant", "linear", "cosine", "constant_with_warmup"]
 
@@ -101,6 +114,9 @@ class DataSection(Section):
     """`chat` (the tokenizer's own), `alpaca`, or a "{...}" string over the row's fields."""
     max_length: Positive = 1024
     """Tokens a row; longer rows are cut at the end."""
+    labels: Annotated[list[str | int], Field(min_length=2)] | None = None
+    """Classes of seq_cls and token_cls, by number; left out, those of the training rows in sorted order. Whole numbers
+    in rows count into it, from 0, where it has names."""
     loss_on: Literal["completion", "last_turn", "all"] = "completion"
     """`completion` (every assistant turn), `last_turn`, or `all` tokens."""
     packing: bool = False
@@ -175,8 +191,10 @@ class BackendSection(Section):
 class EvalSection(Section):
     """What `peftctl eval`, and `train` before and after, measure on the held-out rows."""
 
-    metrics: list[Metric] = ["loss", "perplexity", "token_accuracy"]
-    """Metrics; exact_match, rouge_l, contains and regex generate answers."""
+    metrics: list[Metric] | None = None
+    """Metrics; exact_match, rouge_l, contains and regex generate answers. Left out: loss, perplexity and
+    token_accuracy; for seq_cls loss, accuracy and macro_f1; for token_cls loss, accuracy, and entity_f1 where the
+    labels are BIO tags, else macro_f1."""
     max_new_tokens: Positive = 256
     """Tokens a generated answer may have."""
     batch_size: Positive = 8

@@ -62,6 +62,7 @@ def library_arguments(
         log_level="error",
         remove_unused_columns=False,
         use_cpu=use_cpu,
+        deepspeed=recipe.backend.config,
         **saving,
         **evaluating,
     )

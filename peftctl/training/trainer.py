@@ -90,6 +90,8 @@ class MethodTrainer(Trainer):
             batch_size=train.batch_size,
             accumulation=train.gradient_accumulation,
             seed=train.seed,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
         )
         return _EpochLoader(
             self.stage.train_rows,  # type: ignore[arg-type]
@@ -100,11 +102,15 @@ class MethodTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Return the micro-batches of one optimizer step and their number of supervised tokens."""
+        """Return this process's micro-batches of one optimizer step, and the supervised tokens of all processes'."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        supervised = sum(count_supervised(self.model, batch["labels"]) for batch in batches)
+        own = [
+            sum(count_supervised(self.model, batch["labels"]) for batch in batches),
+            sum(int(batch["attention_mask"].sum()) for batch in batches),
+        ]
+        supervised, tokens = (int(count) for count in self.accelerator.reduce(torch.tensor(own)))
         self.supervised += supervised
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += tokens
         if self.model.config.is_encoder_decoder:
             self.tokens += supervised  # the decoder's
         return batches, supervised
@@ -115,8 +121,9 @@ class MethodTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the loss of a micro-batch, scaled so that the micro-batches of a step add up to its mean."""
-        parts = self.stage.method.loss(model, inputs, lambda batch: self._forward(model, batch))
-        total = parts.pop("loss") / max(num_items_in_batch, 1)
+        parts = self.stage.method.loss(self.model, inputs, lambda batch: self._forward(model, batch))
+        # Gradients are averaged over processes, and this is a share of the sum over all of them.
+        total = parts.pop("loss") * self.args.world_size / max(num_items_in_batch, 1)
         self._count("loss", total)
         for name, part in parts.items():
             scaled = part / self.current_gradient_accumulation_steps
@@ -130,7 +137,7 @@ class MethodTrainer(Trainer):
         """Run the model as in training, which evaluation never does: with noise and smoothed labels."""
         train = self.stage.recipe.train
         with noisy_embeddings(self.model, batch["attention_mask"], train.neftune_noise):
-            return replace(supervised_forward(model, batch), smoothing=train.label_smoothing)
+            return replace(supervised_forward(self.model, batch, model), smoothing=train.label_smoothing)
 
     def _count(self, name: str, value: torch.Tensor) -> None:
         self.parts[name] += value.detach()

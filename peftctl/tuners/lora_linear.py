@@ -29,7 +29,7 @@ def training_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
 class LeanTraining:
     """The training forward, for any of peft's LoRA layers over a matrix."""
 
-    fixed_factors: nn.Module | None
+    fixed_factors: Any
     """A further term of the update that does not train, see `fixed_factors.py`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -38,11 +38,20 @@ class LeanTraining:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return W x + s B A dropout(x), and s F E x where there are fixed factors, for x of shape (..., d_in)."""
+        if self.fixed_factors is not None and not self.disable_adapters:
+            return self._with_fixed_factors(x)
         lean = not args and not kwargs and self._plain_training()
-        result = self._lean(x) if lean else super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.fixed_factors is None or self.disable_adapters:
-            return result
-        return result + self.scaling[self.active_adapters[0]] * self.fixed_factors(x)
+        return self._lean(x) if lean else super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _with_fixed_factors(self: Any, x: torch.Tensor) -> torch.Tensor:
+        name, a = self.active_adapters[0], self.lora_A[self.active_adapters[0]].weight
+        down, up = self.fixed_factors.beside(a, self.lora_B[name].weight)
+        wide = x if self.training else x.to(a.dtype)
+        down, up = down.to(wide.dtype), (up * self.scaling[name]).to(wide.dtype)
+        low = functional.linear(self.lora_dropout[name](wide), down[: len(a)])
+        low = torch.cat([low, functional.linear(wide, down[len(a) :])], dim=-1)
+        result: torch.Tensor = self.base_layer(x)
+        return (result + functional.linear(low, up)).to(result.dtype)
 
     def _lean(self: Any, x: torch.Tensor) -> torch.Tensor:
         name = self.active_adapters[0]

@@ -1,0 +1,202 @@
+"""FISH Mask: Training Neural Networks with Fixed Sparse Masks, Sung et al. 2021 (https://arxiv.org/abs/2111.09839).
+
+    F_i = 1/N Σ_n (∂ log p(y_n | x_n) / ∂w_i)^2       over N training rows, with the rows' own answers
+    W_eff = W + Δ,   Δ_i trains where F_i is among the k largest of all chosen weights, and is 0 elsewhere
+
+The scores are made once, before the first step: without dropout, one row a backward pass, since the square of a
+batch's mean gradient is another thing. The mask never changes afterwards.
+
+Where we differ from the authors' code: Δ is a parameter of its own and W stays as it was, so that the optimizer's state
+has k entries, and weight decay pulls Δ to 0, W_eff to W, not to 0. k is `keep` times the chosen weights, not times all
+parameters. A new head trains besides, as there, but is no part of k. The N rows are drawn by `train.seed`.
+
+Scores take 4 bytes for every chosen weight while they are made. Gradients are squared and freed weight by weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from peftctl.errors import RunError, UsageError
+from peftctl.methods import _heads, _targets, base
+from peftctl.methods._lora import TASK_TYPES
+from peftctl.recipe.schema import Positive, TrainSection
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class Config(base.MethodConfig):
+    """The `method:` section of FISH masks."""
+
+    name: Literal["fishmask"] = "fishmask"
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.005
+    """Share of the chosen weights that train."""
+    rows: Positive = 256
+    """N: training rows that are scored, at most all of them."""
+    target_modules: str | list[str] = "all-linear"
+    """Linear layers whose weights are chosen: name suffixes, a regular expression, or `all-linear`, `attention`,
+    `mlp`. Embeddings and the output head are no part of `all-linear`."""
+
+
+class Method(base.Method):
+    """The entries of the weights with the largest Fisher information."""
+
+    Config = Config
+    card = base.Card(
+        title="FISH Mask",
+        paper="Sung et al. 2021, arXiv 2111.09839",
+        category="selective",
+        summary="The few weights with the largest Fisher information on the training rows train, all else is frozen.",
+        trains="a change of k entries of the linear layers' weights",
+        count="k = keep * weights of the chosen layers, rounded down",
+        tasks=("causal_lm", "seq2seq_lm"),
+        mergeable=True,
+        supports=frozenset({"gradient_checkpointing", "resume"}),
+    )
+
+    def count(self, model: PreTrainedModel) -> int:
+        """Return k, plus a new head."""
+        return self._kept(self._chosen(model)) + _heads.head_parameters(model)
+
+    def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
+        """Attach k values, spread evenly over the layers until `calibrate` places them."""
+        from peft import get_peft_model
+
+        from peftctl.tuners.sparse_delta import SparseDeltaConfig
+
+        chosen = self._chosen(model)
+        config = SparseDeltaConfig(
+            task_type=TASK_TYPES[context.recipe.model.task],
+            counts=_spread(self._kept(chosen), {name: m.get_parameter("weight").numel() for name, m in chosen.items()}),
+            modules_to_save=_heads.unknown_to_peft(model) or None,
+        )
+        # Without weights there is nothing to copy; peft would make its tensors on the CPU all the same.
+        with model.device if model.device.type == "meta" else nullcontext(), warnings.catch_warnings():
+            return get_peft_model(model, config)
+
+    def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Score the weights on the first N rows and fix the mask."""
+        from peftctl.tuners.sparse_delta import layers, place
+
+        k = sum(layer.delta_values["default"].numel() for _, layer in layers(model))
+        place(model, largest(fisher(model, islice(batches, self.config.rows)), k))
+
+    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]]:
+        """Return the values, which decay though they are vectors, and a head's parameters, as usual."""
+        from peftctl.tuners.sparse_delta import layers
+
+        values = [layer.delta_values["default"] for _, layer in layers(model)]
+        ours = {id(p) for p in values}
+        head = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+        groups = [
+            {"params": [*values, *(p for p in head if p.ndim > 1)], "weight_decay": train.weight_decay},
+            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def state_dict(self, model: Any) -> dict[str, Any]:
+        """Return the mask."""
+        from peftctl.tuners.sparse_delta import layers
+
+        return {"mask": {name: layer.delta_indices["default"].cpu() for name, layer in layers(model)}}
+
+    def load_state_dict(self, model: Any, state: Mapping[str, Any]) -> None:
+        """Restore the mask, and with it how many values each layer has."""
+        from peftctl.tuners.sparse_delta import place
+
+        place(model, state["mask"])
+
+    def _chosen(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        from torch import nn
+
+        chosen = _targets.matched_modules(model, self.config.target_modules)
+        for name, module in chosen.items():
+            if isinstance(module, nn.Embedding):
+                raise UsageError(f"method.target_modules: {name} is an embedding; fishmask takes linear layers only")
+        return chosen
+
+    def _kept(self, chosen: Mapping[str, nn.Module]) -> int:
+        weights = sum(module.get_parameter("weight").numel() for module in chosen.values())
+        kept = int(self.config.keep * weights)
+        if not kept:
+            raise UsageError(f"method.keep: {self.config.keep} of {weights:,} weights is none; raise it")
+        return kept
+
+
+def fisher(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return F: name of a target in the base model -> float32 scores, of its weight's shape.
+
+    Args:
+        model: With fresh values, in any mode, which it keeps.
+        batches: One row each, on the CPU.
+
+    Raises:
+        RunError: There is no row, or a gradient is not finite.
+    """
+    import torch
+
+    from peftctl.models.supervised import supervised_forward
+    from peftctl.tuners.sparse_delta import layers
+
+    weights = {name: layer.get_base_layer().weight for name, layer in layers(model)}
+    scores = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    training, rows = model.training, 0
+    model.eval()
+    for p in frozen:
+        p.requires_grad_(False)
+    hooks = [_squares_into(scores[name], weight.requires_grad_(True)) for name, weight in weights.items()]
+    try:
+        with model.disable_adapter():
+            for batch in batches:
+                on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                supervised_forward(model, on_device).cross_entropy().backward()
+                rows += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        for p in frozen:
+            p.requires_grad_(True)
+        model.train(training)
+    if not rows:
+        raise RunError("fishmask: there is no training row to score the weights on")
+    for name, score in scores.items():
+        score.div_(rows)
+        if not torch.isfinite(score).all():
+            raise RunError(f"fishmask: a gradient of {name} is not finite; set model.dtype to bfloat16 or float32")
+    return scores
+
+
+def largest(scores: Mapping[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    """Return name -> ascending indices of the entries that are among the k largest of all; of equals the first.
+
+    Args:
+        scores: Non-negative float32 tensors of any shapes.
+        k: At most as many as there are scores.
+
+    Returns:
+        Exactly k indices in all; names without any are left out.
+    """
+    threshold, equals = _threshold(scores, k)
+    found = {}
+    for name, score in scores.items():
+        flat = score.flatten()
+        ties = (flat == threshold).nonzero()[:equals, 0]
+        equals -= len(ties)
+        indices = (flat > threshold).nonzero()[:, 0]
+        indices = indices.new_tensor([]) if False else indices
+        both = ties.new_empty(0) if not len(indices) + len(ties) else _sorted(indices, ties)
+        if len(both):
+            found[name] = both
+    return found
