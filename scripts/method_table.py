@@ -165,7 +165,7 @@ def evaluated(target: str, recipe: Any, metrics: list[str], rows: int) -> dict[s
     overrides = [f"data.eval={some}", f"eval.metrics=[{', '.join(metrics)}]", f"eval.rows={ANSWERS}"]
     overrides += ["eval.max_new_tokens=64", "eval.batch_size=16"]
     source = str(ROOT / "recipes" / f"{recipe.method.name}.yaml")
-    return dict(peftctl.evaluate(target, overrides, recipe=source)["metrics"])
+    return dict(peftctl.evaluate(target, overrides, recipe=source).metrics)
 
 
 def base_figures(recipe: Any, metric: str) -> dict[str, float]:

@@ -120,6 +120,8 @@ def peft_settings(artefact: Artefact) -> Any:
     """
     from peft import PeftConfig
 
+    import peftctl.tuners  # noqa: F401  # peft learns our types of adapters
+
     try:
         with warnings.catch_warnings(action="ignore"):  # keys of a later peft
             return PeftConfig.from_pretrained(str(artefact.folder))

@@ -20,7 +20,9 @@ from peftctl.artifacts.model_card import (
     is_known,
     merged_before,
     public_name,
+    shown_use,
     table,
+    type_lines,
     whole_lines,
 )
 from peftctl.methods import registry
@@ -65,7 +67,7 @@ def render(artefact: Artefact, folder: Path, *, merged: bool, name: str = "DIREC
     parts += _merged(read_json(folder / NAME)["merged"]) if merged else []
     parts += ["## Good to know\n", "\n".join(f"- {line}" for line in _special(artefact, merged)) + "\n"]
     parts += ["## How to load it\n", _snippet(artefact, merged=merged, name=name)]
-    parts += [f"With peftctl: `peftctl chat {name}`.\n"]
+    parts += [f"With peftctl: `{shown_use(name, artefact.manifest['task'])}`.\n"]
     return "\n".join(parts)
 
 
@@ -151,10 +153,7 @@ def _snippet(artefact: Artefact, *, merged: bool, name: str) -> str:
         return code([*lines, tokenizer])
     if rows := artefact.manifest.get("config_changes", {}).get("vocab_size"):
         lines += [f"base.resize_token_embeddings({rows})  # rows of the added tokens"]
-    from peft import PeftType
-
-    stock = read_json(artefact.folder / ADAPTER_CONFIG)["peft_type"] in list(PeftType)
-    first = [] if stock else ["import peftctl  # first: it adds this adapter's type to peft"]
+    first = type_lines(read_json(artefact.folder / ADAPTER_CONFIG)["peft_type"])
     attached = f'model = PeftModel.from_pretrained(base, "{name}")'
     return code([*first, "from peft import PeftModel", *lines, attached, tokenizer])
 

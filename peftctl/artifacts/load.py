@@ -190,6 +190,8 @@ def attach(base: Any, artefact: Artefact, name: str = "default") -> Any:
         return base
     from peft import PeftModel, get_peft_model_state_dict
 
+    import peftctl.tuners  # noqa: F401  # peft learns our types of adapters
+
     if not isinstance(base, PeftModel):
         fit_vocabulary(base, _rows_needed(artefact))
     folder = artefact.folder

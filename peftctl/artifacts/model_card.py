@@ -15,7 +15,7 @@ from peftctl.models.aliases import ALIASES, resolve
 from peftctl.models.classifier import classification_task, labels_of
 from peftctl.models.load import AUTO_CLASSES
 from peftctl.models.vocabulary import vocabulary_rows
-from peftctl.recipe.schema import Recipe
+from peftctl.recipe.schema import CLASSIFICATION, Recipe
 
 if TYPE_CHECKING:
     from peftctl.artifacts.manifest import ArtifactInfo
@@ -34,6 +34,7 @@ def render_card(exported: Any, info: ArtifactInfo) -> str:
     rows = {"method": f"{card.title} ({card.paper})", "trains": card.trains, "base model": f"`{base}`"}
     rows |= {**merged_before(recipe.model.name_or_path), "base weights (fingerprint)": f"`{info.base_fingerprint}`"}
     rows |= {name.replace("_", " "): figure(value) for name, value in info.facts.items() if is_known(value)}
+    use = shown_use("DIRECTORY", recipe.model.task)
     return "\n".join(
         [
             front_matter(base, info.method, library="transformers" if whole or exported is None else "peft"),
@@ -42,7 +43,7 @@ def render_card(exported: Any, info: ArtifactInfo) -> str:
             table(rows),
             "## How to load it\n",
             _snippet(exported, recipe),
-            "With peftctl: `peftctl chat DIRECTORY`, or `model, tokenizer = peftctl.load(DIRECTORY)`.\n",
+            f"With peftctl: `{use}`, or `model, tokenizer = peftctl.load(DIRECTORY)`.\n",
         ]
     )
 
@@ -69,6 +70,11 @@ def render_merged_card(base: str, method: str, source: str, task: str, figures: 
             code(whole_lines("DIRECTORY", task)),
         ]
     )
+
+
+def shown_use(place: str, task: str) -> str:
+    """Return the command that shows what an artefact can do."""
+    return f"peftctl eval {place} --recipe FILE" if task in CLASSIFICATION else f"peftctl chat {place}"
 
 
 def head_record(exported: Any) -> dict[str, Any] | None:
@@ -114,12 +120,21 @@ def _snippet(exported: Any, recipe: Recipe) -> str:
         return code([*base, tokenizer])
     if recipe.model.add_tokens:
         base = [*base, f"base.resize_token_embeddings({vocabulary_rows(exported)})  # rows of the added tokens"]
-    from peft import PeftType
-
-    stock = exported.peft_config["default"].peft_type in list(PeftType)
-    first = [] if stock else ["import peftctl  # first: it adds this adapter's type to peft"]
+    first = type_lines(exported.peft_config["default"].peft_type)
     adapter = 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
     return code([*first, "from peft import PeftModel", *base, adapter, tokenizer])
+
+
+def type_lines(peft_type: str) -> list[str]:
+    """Return the lines of Python after which peft knows a type of adapter; none for its own."""
+    from peft import PeftType
+
+    if peft_type in list(PeftType):
+        return []
+    return [
+        f"import peftctl.tuners  # first: it adds the adapter type {peft_type} to peft,",
+        "# which stops with a KeyError without it (pip install peftctl)",
+    ]
 
 
 def base_lines(place: str, task: str, dtype: str, head: Mapping[str, Any] | None = None) -> list[str]:

@@ -20,7 +20,7 @@ KEY = "method.init_from"
 _FREE = {
     "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
-    "lora_dropout", "init_lora_weights", "init_weights", "runtime_config", "ensure_weight_tying",
+    "lora_dropout", "vera_dropout", "init_lora_weights", "init_weights", "runtime_config", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 
@@ -121,6 +121,8 @@ def _shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of what an adapter file of this model holds."""
     from peft import get_peft_model_state_dict
 
+    if model.active_peft_config.is_prompt_learning:  # peft computes what it would save, which meta tensors can't
+        return {"prompt_embeddings": tuple(model.prompt_encoder["default"].embedding.weight.shape)}
     return {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 

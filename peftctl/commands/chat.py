@@ -20,6 +20,7 @@ from peftctl.data.prompts import generation_prompt
 from peftctl.errors import PeftctlError, UsageError, did_you_mean
 from peftctl.evaluation.generation import answer_room, position_limit, prompts_of, refuse_overlong
 from peftctl.evaluation.streaming import stream_text
+from peftctl.models.classifier import classification_task
 from peftctl.recipe.schema import DataSection
 
 COMMANDS = {
@@ -186,8 +187,10 @@ def open_session(
     if len(targets) == 1:
         template = _template(fetched(locate(targets[0])))
         model, tokenizer = load(targets[0], device=devices.current_device())
+        refuse_classifier(model, targets[0])
         return ChatSession(model, tokenizer, system, frame=_frame(template, tokenizer), **options)
     several = load_several(targets, device=devices.current_device())
+    refuse_classifier(several.model, targets[0])
     voices = {
         name: Voice(tokenizer, _frame(_template(several.artefacts[name]), tokenizer), several.artefacts[name].target)
         for name, tokenizer in several.tokenizers.items()
@@ -279,6 +282,12 @@ def _say(session: ChatSession, text: str, write: Callable[[str], None]) -> None:
         write(f"error: {error}\n")
     finally:
         pieces.close()
+
+
+def refuse_classifier(model: Any, target: str) -> None:
+    """Raise a UsageError where a model names classes, and so has nothing to say."""
+    if task := classification_task(model):
+        raise UsageError(f"{target}: is a classifier ({task}), which writes no text; measure it with peftctl eval")
 
 
 def _template(artefact: Artefact) -> str:

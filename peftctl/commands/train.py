@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,11 +125,14 @@ class _Run:
         if before is None and start is None:
             before = self._evaluate(base, "before")
         devices.reset_peak_memory()
-        model, initial = self._attach(base, start if checkpoint is None else None)
+        model = self._attach(base, start if checkpoint is None else None)
         del base
         if before is None:  # of the adapter that training starts from
             before = self._evaluate(model, "before")
             devices.reset_peak_memory()
+        if checkpoint is None and self.trainable:
+            self._calibrate(model)
+        initial = checks.snapshot(model)  # only now: calibration may choose what trains
         trained = self._train(model, checkpoint)
         peak = devices.peak_memory_bytes()
         artefact, reference = self._save(model, initial, trained)
@@ -150,8 +154,8 @@ class _Run:
         self.reporter.notice(f"resuming after step {step}")
         return checkpoint
 
-    def _attach(self, base: Any, start: Artefact | None) -> tuple[Any, dict[str, str]]:
-        """Apply the method, with the weights of `start`; return the model and a record of what its tensors were."""
+    def _attach(self, base: Any, start: Artefact | None) -> Any:
+        """Apply the method, with the weights of `start`, and count what trains; return the model."""
         expected = self.method.count(base)
         model = self.method.apply(base, Context(self.recipe, self.ready.tokenizer))
         if start is not None:
@@ -168,13 +172,17 @@ class _Run:
             f"{self.recipe.method.name}: {self.trainable:,} of {self.total:,} parameters train "
             f"({self.trainable / self.total:.2%}) on {self.device}"
         )
-        return model, checks.snapshot(model)
+        return model
+
+    def _calibrate(self, model: Any) -> None:
+        """Show the method the training rows, in an order of their own: a file may be sorted by what they are about."""
+        rows = self.ready.train_rows
+        order = random.Random(self.recipe.train.seed).sample(range(len(rows)), len(rows))
+        self.method.calibrate(model, (self.collate_training([rows[i]]) for i in order))
 
     def _train(self, model: Any, checkpoint: Path | None) -> Trained:
         if self.trainable == 0:
             return Trained(steps=0, train_tokens=0, supervised_tokens=0, seconds=0.0, loss=float("nan"))
-        if checkpoint is None:
-            self.method.calibrate(model, (self.collate_training([row]) for row in self.ready.train_rows))
         work = Workload(
             recipe=self.recipe,
             method=self.method,

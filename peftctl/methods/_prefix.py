@@ -10,7 +10,7 @@ from pydantic import Field
 
 from peftctl.errors import UsageError
 from peftctl.methods import base
-from peftctl.methods._heads import head_parameters
+from peftctl.methods._heads import head_parameters, unknown_to_peft
 from peftctl.methods._lora import TASK_TYPES
 from peftctl.recipe.schema import Positive
 
@@ -76,6 +76,7 @@ class PrefixMethod(base.Method):
         from peftctl.tuners.float32_copy import widen_copies
         from peftctl.tuners.prefix import TrainedPrefix, cache_shape
 
+        self._refuse_head(model)
         shape = cache_shape(model)
         paired = bool(model.config.is_encoder_decoder)
         keys = self.config
@@ -106,6 +107,14 @@ class PrefixMethod(base.Method):
         flatten_prefix(model)
         narrow_copies(model)
         return model
+
+    def _refuse_head(self, model: PreTrainedModel) -> None:
+        """Raise where peft, which runs the head itself behind a prefix, would leave a part of it out."""
+        if parts := unknown_to_peft(model):
+            raise UsageError(
+                f"method.name: the {model.config.model_type} architecture takes no prefix: its head has a part, "
+                f"{parts[0]}, that peft does not run behind one"
+            )
 
     def _peft_config(self, shape: CacheShape, paired: bool, task: str) -> Any:
         from peft import PrefixTuningConfig

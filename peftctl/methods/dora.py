@@ -54,7 +54,8 @@ class Method(LoraMethod):
         count="sum over targets of r * (d_in + d_out) + d_out; plus modules_to_save and new rows",
         tasks=Lora.card.tasks,
         mergeable=True,
-        supports=Lora.card.supports,
+        # peft loses the scales of 8-bit weights on a CPU when it dequantises them for their norms.
+        supports=Lora.card.supports - {"8bit"},
     )
 
     def count(self, model: PreTrainedModel) -> int:

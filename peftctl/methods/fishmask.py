@@ -15,8 +15,7 @@ Scores take 4 bytes for every chosen weight while they are made. Gradients are s
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,11 +39,14 @@ class Config(base.MethodConfig):
     name: Literal["fishmask"] = "fishmask"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.005
     """Share of the chosen weights that train."""
-    rows: Positive = 256
+    rows: Positive = 128
     """N: training rows that are scored, at most all of them."""
     target_modules: str | list[str] = "all-linear"
     """Linear layers whose weights are chosen: name suffixes, a regular expression, or `all-linear`, `attention`,
     `mlp`. Embeddings and the output head are no part of `all-linear`."""
+    as_shira: bool = False
+    """Save the result as peft's own SHIRA, which plain peft loads. It pads every layer to the fullest one's share, so
+    the file is many times larger."""
 
 
 class Method(base.Method):
@@ -79,8 +81,8 @@ class Method(base.Method):
             counts=_spread(self._kept(chosen), {name: m.get_parameter("weight").numel() for name, m in chosen.items()}),
             modules_to_save=_heads.unknown_to_peft(model) or None,
         )
-        # Without weights there is nothing to copy; peft would make its tensors on the CPU all the same.
-        with model.device if model.device.type == "meta" else nullcontext(), warnings.catch_warnings():
+        # Without weights peft would make the copy of a head on the CPU all the same.
+        with model.device if model.device.type == "meta" else nullcontext():
             return get_peft_model(model, config)
 
     def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
@@ -89,6 +91,8 @@ class Method(base.Method):
 
         k = sum(layer.delta_values["default"].numel() for _, layer in layers(model))
         place(model, largest(fisher(model, islice(batches, self.config.rows)), k))
+        if self.config.as_shira:
+            _refuse_without_shira(model)  # rather than after the training
 
     def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]]:
         """Return the values, which decay though they are vectors, and a head's parameters, as usual."""
@@ -115,6 +119,12 @@ class Method(base.Method):
 
         place(model, state["mask"])
 
+    def export(self, model: Any) -> Any:
+        """Return the adapter in the type that the section wants."""
+        from peftctl.tuners.shira_export import into_shira
+
+        return into_shira(model) if self.config.as_shira else model
+
     def _chosen(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         from torch import nn
 
@@ -130,6 +140,15 @@ class Method(base.Method):
         if not kept:
             raise UsageError(f"method.keep: {self.config.keep} of {weights:,} weights is none; raise it")
         return kept
+
+
+def _refuse_without_shira(model: Any) -> None:
+    from peftctl.tuners.shira_export import shira_rank
+
+    try:
+        shira_rank(model)
+    except ValueError as error:
+        raise UsageError(f"method.as_shira: SHIRA can't hold this mask: {error}; remove it") from error
 
 
 def fisher(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -149,10 +168,10 @@ def fisher(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
 
     weights = {name: layer.get_base_layer().weight for name, layer in layers(model)}
     scores = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     training, rows = model.training, 0
     model.eval()
-    for p in frozen:
+    for p in trained:
         p.requires_grad_(False)
     hooks = [_squares_into(scores[name], weight.requires_grad_(True)) for name, weight in weights.items()]
     try:
@@ -166,7 +185,7 @@ def fisher(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
             hook.remove()
         for weight in weights.values():
             weight.requires_grad_(False)
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(True)
         model.train(training)
     if not rows:
@@ -188,15 +207,57 @@ def largest(scores: Mapping[str, torch.Tensor], k: int) -> dict[str, torch.Tenso
     Returns:
         Exactly k indices in all; names without any are left out.
     """
-    threshold, equals = _threshold(scores, k)
+    threshold, equals = _kth_largest(scores.values(), k)
     found = {}
     for name, score in scores.items():
         flat = score.flatten()
+        chosen = flat > threshold
         ties = (flat == threshold).nonzero()[:equals, 0]
         equals -= len(ties)
-        indices = (flat > threshold).nonzero()[:, 0]
-        indices = indices.new_tensor([]) if False else indices
-        both = ties.new_empty(0) if not len(indices) + len(ties) else _sorted(indices, ties)
-        if len(both):
-            found[name] = both
+        chosen[ties] = True
+        if chosen.any():
+            found[name] = chosen.nonzero()[:, 0]
     return found
+
+
+def _kth_largest(scores: Collection[torch.Tensor], k: int) -> tuple[torch.Tensor, int]:
+    """Return the k-th largest of all scores, and how many that equal it are among the k largest.
+
+    Sorting needs several times the memory of the scores. But the bits of non-negative floats are ordered as integers
+    are: one pass counts them by their upper half, another by their lower half where the upper is the k-th largest's.
+    """
+    import torch
+
+    bits = [score.flatten().view(torch.int32) for score in scores]
+    upper, k = _bucket(torch.stack([torch.bincount(b >> 16, minlength=1 << 16) for b in bits]).sum(0), k)
+    low = [b[(b >> 16) == upper] & 0xFFFF for b in bits]
+    lower, k = _bucket(torch.stack([torch.bincount(b, minlength=1 << 16) for b in low]).sum(0), k)
+    return torch.tensor((upper << 16) | lower, dtype=torch.int32, device=bits[0].device).view(torch.float32), k
+
+
+def _bucket(counts: torch.Tensor, k: int) -> tuple[int, int]:
+    """Return in which bucket the k-th largest is, and the how many-th largest it is there."""
+    at_least = counts.flip(0).cumsum(0).flip(0)
+    bucket = int((at_least >= k).sum()) - 1
+    return bucket, k - int(at_least[bucket] - counts[bucket])
+
+
+def _squares_into(score: torch.Tensor, weight: torch.Tensor) -> Any:
+    """Add the square of every gradient of a weight to its scores, and free it as soon as it is complete."""
+
+    def add(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        gradient = weight.grad.float()
+        score.addcmul_(gradient, gradient)
+        weight.grad = None
+
+    return weight.register_post_accumulate_grad_hook(add)
+
+
+def _spread(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Share k out in proportion to sizes, so that the parts add up to k."""
+    total, before, parts = sum(sizes.values()), 0, {}
+    for name, size in sizes.items():
+        parts[name] = k * (before + size) // total - k * before // total
+        before += size
+    return parts

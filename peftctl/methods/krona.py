@@ -3,8 +3,8 @@
     y = W x + b + s (A kron B) x,   A: (a1, a2), B: (b1, b2), a1 b1 = d_out, a2 b2 = d_in
 
 W and b stay frozen; A and B train. A is zero at first and B is drawn Kaiming-uniform, U(-1/sqrt(b2), 1/sqrt(b2)), so
-the model starts as the base; the paper sets one factor to zero. rank(A kron B) = rank A * rank B, so the update can have
-full rank. a1 is `factor` where that divides d_out, else the largest divisor of d_out up to it that makes A and B more
+the model starts as the base; the paper sets one factor to zero. rank(A kron B) = rank A * rank B, so the update can
+have full rank. a1 is `factor` where that divides d_out, else the divisor of d_out below it that makes A and B most
 alike; a2 of d_in likewise. The result is an adapter of peft's LoKr whose factors are whole. The paper's variants beside
 the feed-forward part, KronA_B and KronA_B^res with a learned scale of the residual, are not built.
 """
@@ -108,5 +108,5 @@ class Method(base.Method):
         for name, module in chosen.items():
             if not isinstance(module, nn.Linear):
                 kind = type(module).__name__
-                raise UsageError(f"method.target_modules: {name} is a {kind}; krona takes linear layers (nn.Linear) only")
+                raise UsageError(f"method.target_modules: {name} is a {kind}; krona takes nn.Linear only")
         return chosen

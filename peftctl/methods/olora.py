@@ -30,7 +30,6 @@ class Method(StartMethod):
     """LoRA that starts from a QR decomposition of the weights."""
 
     Config = Config
-    config: Config
     card = base.Card(
         title="OLoRA",
         paper="Büyükakyüz 2024, arXiv 2406.01775",

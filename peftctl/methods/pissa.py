@@ -13,7 +13,7 @@ Over a quantised base, QPiSSA stores W - s B_0 A_0 in 4 bits; that needs another
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftctl.methods import base
 from peftctl.methods._fixed import StartKeys, StartMethod
@@ -37,7 +37,7 @@ class Method(StartMethod):
     """LoRA that starts from the principal part of the weights."""
 
     Config = Config
-    config: Config
+    config: Any
     card = base.Card(
         title="PiSSA",
         paper="Meng et al. 2024, arXiv 2404.02948",

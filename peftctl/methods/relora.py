@@ -62,7 +62,7 @@ class Method(FixedMethod):
     """LoRA that restarts, with the sum of all cycles as its update."""
 
     Config = Config
-    config: Config
+    config: Any
     card = base.Card(
         title="ReLoRA",
         paper="Lialin et al. 2024, arXiv 2307.05695",
@@ -82,7 +82,7 @@ class Method(FixedMethod):
         return super().apply(model, context)
 
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
-        """Return the warm-up after a restart: (t mod cycle) / restart_warmup, at most 1; always 1 in the first cycle."""
+        """Return the warm-up after a restart: (t mod cycle) / restart_warmup, at most 1; 1 in the first cycle."""
         cycle, warmup = cycle_steps(self.config, total_steps)
         return min(1.0, step % cycle / warmup) if warmup and step >= cycle else 1.0
 

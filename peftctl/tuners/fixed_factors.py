@@ -40,7 +40,7 @@ class FixedFactors(nn.Module):
     def beside(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors (r + q, d_in) and (d_out, r + q) of B A + F E: [A; E] and [B F].
 
-        Where F E takes the start B_0 A_0 away, they are [A - A_0; A_0] and [B, B - B_0], which have the same product. The
+        Where F E takes the start B_0 A_0 away, they are [A - A_0; A_0] and [B, B - B_0], with the same product: the
         differences are small, and to round A and A_0 to a half type one by one would drown what was learned.
         """
         first, second = (a - self.E, b + self.F) if self.undoes_start else (a, self.F)

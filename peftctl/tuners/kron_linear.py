@@ -32,7 +32,9 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class KronLinear(lokr.Linear):
     """peft's LoKr layer over a Linear, of full factors, with a leaner training forward."""
 
-    def _get_delta_activations(self, adapter_name: str, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _get_delta_activations(  # type: ignore[override]  # peft's own classes disagree on the name of `input`
+        self, adapter_name: str, input: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Return s (A kron B) x for x of shape (..., d_in)."""
         if not self.training:
             return super()._get_delta_activations(adapter_name, input, *args, **kwargs)

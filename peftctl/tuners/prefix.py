@@ -111,17 +111,18 @@ def cache_shape(model: PreTrainedModel) -> CacheShape:
     Raises:
         UsageError: Its attention does not read keys and values from a cache, or its layers differ.
     """
-    kind = model.config.model_type
+    what = f"method.name: the {model.config.model_type} architecture takes no prefix"
     try:
         pairs = keys_and_values(model, [0])
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"method.name: the {kind} architecture takes no prefix: its attention has no cache") from error
-    shapes = {tuple(keys.shape[1::2]) for keys, _ in pairs} | {tuple(values.shape[1::2]) for _, values in pairs}
+        raise UsageError(f"{what}: its attention reads no cache of keys and values") from error
+    if not pairs:
+        raise UsageError(f"{what}: its attention reads no cache of keys and values")
+    shapes = {tuple(part.shape[1::2]) for pair in pairs for part in pair}
     if len(shapes) != 1:
-        found = ", ".join(map(str, sorted(shapes))) or "none"
+        found = ", ".join(map(str, sorted(shapes)))
         raise UsageError(
-            f"method.name: the {kind} architecture takes no prefix: expected keys and values of one shape "
-            f"(heads, width) in all layers, found {found}"
+            f"{what}: expected keys and values of one shape (heads, width) in all layers, found {found}"
         )
     heads, head_dim = shapes.pop()
     return CacheShape(len(pairs), heads, head_dim)

@@ -173,7 +173,7 @@ def test_a_type_that_is_not_stock_says_import_peftctl_first(finished, tmp_path):
     assert "import peftctl" not in render_card(model, info)
     model.peft_config["default"].peft_type = "PEFTCTL_ROUTED"
     card = render_card(model, info)
-    assert "import peftctl  # first" in card
+    assert "import peftctl.tuners  # first" in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert "nan" not in card
 

@@ -1,8 +1,8 @@
 """What the conformance suite works on: every method on every tiny model that its card claims, each trained once.
 
-A case is a method, configured by the `method:` section of its shipped recipe, on a tiny model. It trains 12 steps of
-the real trainer on one batch, with checkpoints on the way; the checks of test_conformance.py read what that left.
-Further runs (stopped and resumed, accumulated, recomputed) start from those checkpoints, where weights are equal.
+A case is a method, configured by the `method:` section of its shipped recipe, on a tiny model. It trains 10 steps of
+the real trainer on one batch, with a checkpoint after 5; the checks of test_conformance.py read what that left.
+Further runs (resumed, accumulated, recomputed) start from that checkpoint, so that their weights are the same.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from peftctl.data.formats import Example, Message
 from peftctl.errors import Interrupted
 from peftctl.methods import registry
 from peftctl.methods.base import Context, Method
+from peftctl.models.classifier import Head
 from peftctl.models.load import load_model, meta_model
-from peftctl.recipe.schema import ModelSection, QuantizationSection, Recipe
+from peftctl.recipe.schema import CLASSIFICATION, ModelSection, QuantizationSection, Recipe
 from peftctl.recipe.write import dump_recipe
 from peftctl.training.checkpoints import read_mark
 from peftctl.training.stages import Workload, run_stages
@@ -47,7 +48,10 @@ from peftctl.training.trainer import MethodTrainer
 from tests import tiny
 from tests.training.test_resume import StopAt
 
-STEPS, HALF, EARLY = 12, 6, 3
+HALF = 5
+"""Optimizer steps to the checkpoint; a straight run has twice as many."""
+EARLY = 3
+"""Optimizer steps after which everything that trains must have moved."""
 PROBE = [list(range(5, 17)), list(range(40, 60))]
 
 
@@ -68,9 +72,7 @@ def sequences() -> list[EncodedRow]:
     """Return four rows of 6 to 20 tokens, the second half of each supervised."""
     draw = random.Random(0)
     rows = [_ids(draw) for _ in range(4)]
-    return [
-        EncodedRow(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :], f"rows:{i}") for i, ids in enumerate(rows)
-    ]
+    return [EncodedRow(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :], f"rows:{i}") for i, ids in enumerate(rows)]
 
 
 def pairs() -> list[EncodedRow]:
@@ -80,17 +82,52 @@ def pairs() -> list[EncodedRow]:
     return [EncodedRow(ids, ids[len(ids) // 2 :], f"rows:{i}", paired=True) for i, ids in enumerate(rows)]
 
 
+def classified() -> list[EncodedRow]:
+    """Return four rows of 6 to 20 tokens, each of one of three classes."""
+    return [EncodedRow(row.input_ids, [i % 3], row.where, classes=True) for i, row in enumerate(sequences())]
+
+
+def tagged() -> list[EncodedRow]:
+    """Return four rows of 6 to 20 tokens, every second one with one of three classes."""
+    return [
+        EncodedRow(row.input_ids, [i % 3 if i % 2 else -100 for i in row.input_ids], row.where, classes=True)
+        for row in sequences()
+    ]
+
+
+def short_llama() -> Any:
+    """Return the tiny Llama without its upper half: two layers show what four do."""
+    model = tiny.tiny_llama()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
+
+
 MODELS = {
-    "llama": Tiny("causal_lm", tiny.tiny_llama, sequences),
+    "llama": Tiny("causal_lm", short_llama, sequences),
     "opt": Tiny("causal_lm", tiny.tiny_opt, sequences),
     "t5": Tiny("seq2seq_lm", tiny.tiny_t5, pairs),
+    "bert": Tiny("seq_cls", tiny.tiny_bert, classified),
+    "tagger": Tiny("token_cls", tiny.tiny_bert, tagged),
 }
+LABELS = ["negative", "neutral", "positive"]
+
+RENAMED: dict[str, dict[str, str]] = {
+    "opt": {"o_proj": "out_proj"},
+    "t5": {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"},
+    "bert": {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention.output.dense"},
+}
+"""What other architectures call the projections that recipes, which are for Llama-like models, name."""
+RENAMED["tagger"] = RENAMED["bert"]
 
 OVERRIDES: dict[str, dict[str, Any]] = {}
 """Method -> keys of its section that a model of width 32 can't have as the recipe sets them, each with its reason."""
 
-REFUSED: dict[tuple[str, str], str] = {}
-"""(method, model) -> what the refusal says; that the model lacks is the reason."""
+REFUSED: dict[tuple[str, str], str] = {
+    ("bitfit", "llama"): "llama architecture has none",  # no bias in any layer
+    ("bitfit", "t5"): "t5 architecture has none",  # likewise
+}
+"""(method, model) -> what the refusal says, with what the model lacks."""
 
 CARDS = {name: registry.get(name).card for name in registry.names()}
 CLAIMED = [(name, key) for name, card in CARDS.items() for key, model in MODELS.items() if model.task in card.tasks]
@@ -141,9 +178,10 @@ class Straight:
     off: torch.Tensor | None
     saved: Saved
 
-    def checkpoint(self, step: int) -> Path:
-        """Return the checkpoint after a step."""
-        return self.run.checkpoints / f"checkpoint-{step}"
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint in the middle."""
+        return self.run.checkpoints / f"checkpoint-{HALF}"
 
     def losses(self) -> list[float]:
         """Return the cross-entropy of every step, without the method's further parts."""
@@ -161,9 +199,16 @@ class Continued:
 
 @dataclass
 class Recorder:
-    """Gradients and optimized tensors of the steps of a run, seen where the trainer is about to update."""
+    """What the trainer is about to do at each optimizer step of a run.
+
+    Args:
+        gradients: Step -> name -> gradient.
+        early: What trains, by name, after EARLY steps.
+        optimized: Names of the tensors that the optimizer owns.
+    """
 
     gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    early: dict[str, torch.Tensor] = field(default_factory=dict)
     optimized: set[str] = field(default_factory=set)
 
     @contextmanager
@@ -175,6 +220,8 @@ class Recorder:
             named = dict(trainer.model.named_parameters())
             found = {name: p.grad.detach().clone() for name, p in named.items() if p.grad is not None}
             self.gradients[trainer.total_step + 1] = found
+            if trainer.total_step == EARLY:
+                self.early = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
             owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
             self.optimized = {name for name, p in named.items() if id(p) in owned}
             return original(trainer, model, grad_norm)
@@ -190,13 +237,17 @@ class Bench:
         self.root = root
         self.case = cache(lambda method, model: Case(self, method, model))
         self.section = cache(self._section)
-        self._loaded = cache(lambda model, dtype: load_model(self.section(model), dtype=dtype, device="cpu"))
+        self._loaded = cache(self._load)
         self.answers = cache(lambda model: probe_logits(self.base(model), PROBE))
         self.fingerprint = cache(lambda model: base_fingerprint(self.section(model), self.base(model)))
 
     def base(self, model: str, dtype: str = "float32") -> Any:
         """Return a copy of a tiny model as it is loaded from disk."""
         return copy.deepcopy(self._loaded(model, dtype))
+
+    def _load(self, model: str, dtype: str) -> Any:
+        torch.manual_seed(0)  # of a classifier's head
+        return load_model(self.section(model), dtype=dtype, device="cpu", head=head_of(model))
 
     def _section(self, model: str) -> ModelSection:
         folder = tiny.save_tiny(self.root / "models" / model, MODELS[model].make())
@@ -220,16 +271,20 @@ class Case:
         shipped = peftctl.load_recipe(self.name)
         keys = shipped.method.model_dump() | OVERRIDES.get(self.name, {})
         keys |= {key: 0.0 for key in keys if key.endswith("dropout")}
+        if isinstance(keys.get("target_modules"), list):
+            names = RENAMED.get(self.model, {})
+            keys["target_modules"] = [names.get(name, name) for name in keys["target_modules"]]
         train = {
-            "output_dir": str(self.folder), "max_steps": STEPS, "batch_size": 4, "gradient_accumulation": 1,
+            "output_dir": str(self.folder), "max_steps": 2 * HALF, "batch_size": 4, "gradient_accumulation": 1,
             "scheduler": "constant", "warmup_ratio": None, "warmup_steps": None, "weight_decay": 0.1,
-            "max_grad_norm": 0.0, "logging_steps": 1, "save_steps": EARLY, "save_total_limit": 99,
+            "max_grad_norm": 0.0, "logging_steps": 1, "save_steps": HALF, "save_total_limit": 99,
         }  # fmt: skip
         return shipped.model_copy(
             update={
                 "model": self.bench.section(self.model),
                 "quantization": QuantizationSection(),
                 "method": type(shipped.method)(**keys),
+                "data": shipped.data.model_copy(update={"labels": LABELS if head_of(self.model) else None}),
                 "train": shipped.train.model_copy(update=train),
             }
         )
@@ -248,12 +303,24 @@ class Case:
 
     def meta(self) -> Any:
         """Return the base without weights."""
-        return meta_model(as_trained(self.recipe, self.method()))
+        return meta_model(as_trained(self.recipe, self.method()), head=head_of(self.model))
 
     def apply(self, method: Method, base: Any) -> Any:
         """Apply a method with the run's seed."""
         torch.manual_seed(0)
         return method.apply(base, Context(self.recipe, self.tokenizer))
+
+    def start(self, method: Method, base: Any) -> Any:
+        """Apply and calibrate a method, as a new run does."""
+        model = self.apply(method, base)
+        if self.trains:
+            collate = self.collate(method)
+            method.calibrate(model, (collate([row]) for row in MODELS[self.model].rows()))
+        return model
+
+    def collate(self, method: Method) -> Collator:
+        """Return what makes batches of rows, with the fields that the method asks for."""
+        return Collator(self.tokenizer, None, method.fields())
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -269,7 +336,7 @@ class Case:
     def train(
         self, method: Method, model: Any, recipe: Recipe, name: str, checkpoint: Path | None = None, stop: int = 0
     ) -> tuple[Recorder, RunDir]:
-        """Train an applied method in a run directory of its own, as commands/train does.
+        """Train an applied and calibrated method in a run directory of its own, as commands/train does.
 
         Args:
             method: As applied.
@@ -279,10 +346,7 @@ class Case:
             checkpoint: To go on from.
             stop: The step after which a signal stops the run; 0 for none.
         """
-        run = self.run(recipe, name)
-        collate, rows = Collator(self.tokenizer, None), MODELS[self.model].rows()
-        if checkpoint is None:
-            method.calibrate(model, (collate([row]) for row in rows))
+        run, rows, collate = self.run(recipe, name), MODELS[self.model].rows(), self.collate(method)
         work = Workload(recipe, method, rows, [], collate, run, StopAt(stop) if stop else Reporter())
         recorder = Recorder()
         with recorder.watching(), pytest.raises(Interrupted) if stop else nullcontext():
@@ -301,7 +365,7 @@ class Case:
         """The straight run, its model as training left it, and its artefact, written as commands/train does."""
         method, base = self.method(), self.base()
         own = {name: (p, p.detach().clone()) for name, p in base.named_parameters()}
-        model = self.apply(method, base)
+        model = self.start(method, base)
         initial = everything(model)
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         if self.trains:
@@ -343,8 +407,13 @@ class Case:
         method = self.method()
         model = self.apply(method, self.base())
         watch(model)
-        seen, run = self.train(method, model, recipe, name, self.straight.checkpoint(EARLY), stop=EARLY + 1)
-        return Continued(seen.gradients[EARLY + 1], read_mark(run.latest_checkpoint()).supervised_tokens)
+        seen, run = self.train(method, model, recipe, name, self.straight.checkpoint, stop=HALF + 1)
+        return Continued(seen.gradients[HALF + 1], read_mark(run.latest_checkpoint()).supervised_tokens)
+
+
+def head_of(model: str) -> Head | None:
+    """Return what the head of a tiny model is made for; None for a language model."""
+    return Head(LABELS, tiny.tiny_tokenizer().pad_token_id) if MODELS[model].task in CLASSIFICATION else None
 
 
 def everything(model: Any) -> dict[str, torch.Tensor]:

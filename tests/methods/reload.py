@@ -2,7 +2,7 @@
 
     reload.py peftctl|peft JOBS
 
-JOBS is a JSON list of {"artefact", "base", "auto_class", "rows", "out"}. With `peftctl` a run directory is loaded by
+JOBS is a JSON list of {"artefact", "base", "auto_class", "options", "rows", "out"}. With `peftctl` a run directory is loaded by
 `peftctl.load`; with `peft` adapter/ or model/ by transformers and peft alone. What fails is written as text instead.
 """
 
@@ -38,7 +38,7 @@ def load_plainly(job):
     if artefact.name == "model":
         model = auto_class.from_pretrained(artefact)
     elif (artefact / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(auto_class.from_pretrained(job["base"]), artefact)
+        model = PeftModel.from_pretrained(auto_class.from_pretrained(job["base"], **job["options"]), artefact)
     else:
         model = auto_class.from_pretrained(job["base"])
     assert not any(name.split(".")[0] in ("peftctl", "tests") for name in sys.modules)

@@ -1,0 +1,238 @@
+"""The generic method: every type of the installed peft trains, is saved, reloads and merges, or is listed with a reason."""
+
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import PeftModel, PeftType
+
+from peftctl.artifacts.checks import probe_logits
+from peftctl.artifacts.fold import fold
+from peftctl.artifacts.manifest import ArtifactInfo
+from peftctl.artifacts.parity import compare, require_exact
+from peftctl.artifacts.save import save_artifact
+from peftctl.errors import ArtifactError, Interrupted, UsageError
+from peftctl.methods.base import Context
+from peftctl.methods.peft import Config, Method
+from peftctl.models.load import load_model, meta_model
+from peftctl.models.supervised import supervised_forward
+from peftctl.recipe.schema import ModelSection, QuantizationSection
+from peftctl.training.stages import run_stages
+from tests.methods.helpers import context, recipe, run_steps
+from tests.tiny import save_tiny, tiny_bert, tiny_llama, tiny_opt, tiny_t5, tiny_tokenizer
+from tests.training.helpers import train, trained_tensors, workload
+from tests.training.test_resume import StopAt
+
+ROWS = [list(range(5, 17)), list(range(40, 60))]
+IDS = torch.arange(1, 25).reshape(2, 12)
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+PROMPT = {"num_virtual_tokens": 4}
+
+CONFIGS = {
+    "ADAMSS": {"r": 4, "num_subspaces": 2},
+    "ADAPTION_PROMPT": {"target_modules": "self_attn", "adapter_len": 4, "adapter_layers": 2},
+    "BEFT": {"target_modules": ["q_proj"]},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 4},
+    "CARTRIDGE": PROMPT,
+    "CPT": {"cpt_token_ids": [1, 2, 3, 4], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]},
+    "FOURIERFT": {"n_frequency": 20},
+    "FROD": {"progressbar": False},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {},
+    "OFT": {"oft_block_size": 4},
+    "OSF": {"effective_rank": 8},
+    "PREFIX_TUNING": PROMPT,
+    "PROMPT_TUNING": PROMPT,
+    "P_TUNING": PROMPT,
+    "ROAD": {"group_size": 4},
+    "SHADOW": {},
+    "SUPERTUNING": {"r": 4},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [5, 6, 7]},
+    "VBLORA": {"vector_length": 8, "num_vectors": 16},
+    "WAVEFT": {"n_frequency": 20},
+}
+"""Settings that fit a model of width 32. Types that are not here train with r 4, or none, on LINEAR."""
+WHOLE = {*"ADAPTION_PROMPT BEFT CARTRIDGE CPT LN_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING SHADOW".split(),
+         "TRAINABLE_TOKENS"}  # fmt: skip
+"""Types with targets of their own."""
+
+CANNOT_TRAIN = {
+    "ADALORA": r"^method\.type: .* schedule belongs to the training loop; take method\.name: adalora$",
+    "MULTITASK_PROMPT_TUNING": r"^method\.type: .* task number with every row; take method\.name: multitask_",
+    "POLY": r"^method\.type: .* task number with every row$",
+    "XLORA": r"^method\.type: .* mixes adapters that are trained already$",
+}
+if find_spec("sklearn") is None:
+    CANNOT_TRAIN["ADAMSS"] = r"^method\.config: ADAMSS: scikit-learn is required"
+
+A_PROMPT = "a prompt can't be merged: it adds tokens, not weights"
+CANNOT_MERGE = {
+    "ADAPTION_PROMPT": "ADAPTION_PROMPT: adapters of this type can't be merged",
+    "BEFT": "Base layer has no bias",  # Llama's have none; see the test on OPT
+    "CARTRIDGE": A_PROMPT,
+    "CPT": A_PROMPT,
+    "LILY": "LILY: adapters of this type can't be merged",
+    "PREFIX_TUNING": A_PROMPT,
+    "PROMPT_TUNING": A_PROMPT,
+    "P_TUNING": A_PROMPT,
+    "SHADOW": "SHADOW: adapters of this type can't be merged",
+}
+
+PROMPTS = {"CARTRIDGE", "CPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+STARTS_ELSEWHERE = PROMPTS | {"C3A", "FOURIERFT", "UNILORA", "VBLORA"}
+NOT_IN_HALF_TYPES = {"ADAPTION_PROMPT", "LN_TUNING", "SHADOW"}
+NO_RECOMPUTATION = {"CARTRIDGE", "PREFIX_TUNING"}
+QUANTISED = {"HIRA", "IA3", "LORA", "PVERA", "RANDLORA", "ROAD"} | PROMPTS
+
+TYPES = [str.__str__(kind) for kind in PeftType]
+TRAINED = [kind for kind in TYPES if kind not in CANNOT_TRAIN]
+
+
+def keys_of(kind):
+    """Return minimal settings of a type."""
+    return CONFIGS.get(kind, {"r": 4}) | ({} if kind in WHOLE else {"target_modules": LINEAR})
+
+
+def method(kind, **keys):
+    return Method(Config(type=kind, config=keys_of(kind) | keys))
+
+
+def reloaded(folder, dtype="float32"):
+    """Return an adapter on a new base, as plain peft loads it."""
+    with warnings.catch_warnings(action="ignore"):
+        return PeftModel.from_pretrained(tiny_llama(dtype=dtype), folder)
+
+
+def probe(model):
+    torch.manual_seed(0)
+    return probe_logits(model.eval(), ROWS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a function that trains a type three steps, once: (model, tensors before, folder, logits)."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            chosen = method(kind)
+            work = workload(tmp_path_factory.mktemp(kind), chosen, max_steps=3)
+            torch.manual_seed(0)
+            model = chosen.apply(tiny_llama(), Context(work.recipe))
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            run_stages(work, model, None)
+            exported = chosen.export(model).eval()
+            logits = probe(exported)
+            info = ArtifactInfo("peft", chosen.card, work.recipe, "0" * 64)
+            made[kind] = (model, before, save_artifact(exported, tiny_tokenizer(), work.run, info), logits)
+        return made[kind]
+
+    return make
+
+
+def test_every_type_of_the_installed_peft_is_tested_or_listed():
+    assert set(CANNOT_TRAIN) < set(TYPES)
+    assert set(CANNOT_MERGE) < set(TRAINED)
+
+
+@pytest.mark.parametrize("kind", CANNOT_TRAIN)
+def test_types_that_cannot_train_by_their_config_alone_are_refused(kind):
+    chosen = Method(Config(type=kind, config={"r": 4, "target_modules": LINEAR} if kind == "ADAMSS" else {}))
+    for call in (lambda: chosen.count(tiny_llama()), lambda: chosen.apply(tiny_llama(), context())):
+        with pytest.raises(UsageError, match=CANNOT_TRAIN[kind]):
+            call()
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_trains_is_counted_without_values_and_only_that_moves(kind, trained, base):
+    model, before, _, _ = trained(kind)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(before[name].numel() for name in trains)
+    shapes = meta_model(ModelSection(name_or_path=str(base), dtype="float32"))
+    assert method(kind).count(shapes) == method(kind).count(tiny_llama()) == total > 0
+    applied = method(kind).apply(shapes, context())
+    assert {p.device.type for p in applied.parameters()} == {"meta"}
+    assert {n: p.numel() for n, p in applied.named_parameters() if p.requires_grad} == {
+        name: before[name].numel() for name in trains
+    }
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    # What the last block tells the small network is for a next block, and there is none.
+    idle = {name for name in trains if kind == "SHADOW" and ".3.shadow_update" in name}
+    assert moved == trains - idle
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_it_starts_and_when_disabled_ends_as_the_base(kind, trained):
+    torch.manual_seed(0)
+    start, reference = probe(method(kind).apply(tiny_llama(), context())), probe(tiny_llama())
+    far = start.shape != reference.shape or (start - reference).abs().max() > 1e-4
+    assert far == (kind in STARTS_ELSEWHERE)
+    model, _, _, logits = trained(kind)
+    with model.disable_adapter():
+        assert torch.equal(probe(model), reference)
+    assert logits.shape != reference.shape or (logits - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_saved_loads_in_plain_peft_and_merges_where_it_can(kind, trained):
+    _, _, folder, logits = trained(kind)
+    model = reloaded(folder)
+    torch.testing.assert_close(probe(model), logits, rtol=0, atol=1e-5)
+    if kind in CANNOT_MERGE:
+        with pytest.raises((UsageError, ArtifactError), match=CANNOT_MERGE[kind]):
+            fold(model, torch.float32)
+        return
+    plain, _ = fold(model, torch.float32)
+    require_exact(compare(logits, probe(plain)), "merging")
+    assert not isinstance(plain, PeftModel)
+
+
+def gradients(kind, recompute):
+    torch.manual_seed(0)
+    wanted = recipe(gradient_checkpointing=recompute)
+    model = method(kind).apply(tiny_llama(), Context(wanted)).train()
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(1)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    parts = method(kind).loss(model, batch, lambda rows: supervised_forward(model, rows))
+    sum(parts.values()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_recomputed_activations_give_the_same_gradients_or_are_refused(kind):
+    if kind in NO_RECOMPUTATION:
+        with pytest.raises(UsageError, match=r"^train\.gradient_checkpointing: .* cache"):
+            gradients(kind, True)
+        return
+    plain, recomputed = gradients(kind, False), gradients(kind, True)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_on_a_half_type_base_float32_trains_or_the_type_is_refused(kind, tmp_path):
+    chosen = method(kind)
+    if kind in NOT_IN_HALF_TYPES:
+        with pytest.raises(UsageError, match=r"^model\.dtype: .* bfloat16 rounds small updates away; set float32$"):
+            chosen.apply(tiny_llama(dtype="bfloat16"), context())
+        return
+    torch.manual_seed(0)
+    model = chosen.apply(tiny_llama(dtype="bfloat16"), context())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    run_steps(model, 1)
+    chosen.export(model).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    logits = probe(model)
+    torch.testing.assert_close(
+        probe(reloaded(tmp_path / "adapter", "bfloat16")), logits, rtol=0, atol=2**-8 * float(logits.abs().max())
+    )
