@@ -103,9 +103,7 @@ class _Run:
         self.device = devices.current_device()
         self.collate = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of)
         # Neither the base nor what is saved reads a method's own fields.
-        self.collate_training = Collator(
-            ready.tokenizer, self.recipe.data.pad_to_multiple_of, self.method.fields()
-        )
+        self.collate_training = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of, self.method.fields())
 
     def go(self) -> TrainResult:
         checkpoint = self._checkpoint()

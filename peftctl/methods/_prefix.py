@@ -52,7 +52,9 @@ class PrefixMethod(base.Method):
 
         shape = cache_shape(model)
         n, m = self.config.num_virtual_tokens, self.config.hidden
-        table = n * shape.width + (shape.width + 1) * m + (m + 1) * shape.row if self.config.projection else n * shape.row
+        table = (
+            n * shape.width + (shape.width + 1) * m + (m + 1) * shape.row if self.config.projection else n * shape.row
+        )
         return table + head_parameters(model)
 
     def notices(self, model: PreTrainedModel) -> list[str]:

@@ -67,8 +67,14 @@ def peft_keys(model: PreTrainedModel, tokens: int, task: str) -> dict[str, Any]:
     """Return the fields that every prompt config of peft has.
 
     The widths of attention are read for prefixes alone; ours are filled in where the architecture calls them otherwise.
+
+    Raises:
+        UsageError: The model has no positions left for a row.
     """
     config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens >= positions:
+        raise UsageError(f"method.num_virtual_tokens: the model has {positions} positions, got {tokens}; take fewer")
     return {
         "task_type": TASK_TYPES[task],
         "num_virtual_tokens": tokens,
@@ -135,7 +141,9 @@ def _drawn_ids(n: int, vocabulary: int, seed: int) -> list[int]:
     """Return n token ids, without repetition as far as that goes."""
     population = range(min(COMMON_TOKENS, vocabulary))
     draw = random.Random(f"prompt {seed}")
-    return [i for first in range(0, n, len(population)) for i in draw.sample(population, min(n - first, len(population)))]
+    return [
+        i for first in range(0, n, len(population)) for i in draw.sample(population, min(n - first, len(population)))
+    ]
 
 
 def _text_ids(config: InitKeys, context: base.Context) -> list[int]:

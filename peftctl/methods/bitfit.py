@@ -89,7 +89,9 @@ class Method(base.Method):
             UsageError: There are none.
         """
         head = tuple(f"{name}." for name in head_names(model))
-        found = {name: p for name, p in model.named_parameters() if name.endswith(".bias") and not name.startswith(head)}
+        found = {
+            name: p for name, p in model.named_parameters() if name.endswith(".bias") and not name.startswith(head)
+        }
         kind = model.config.model_type
         if not found:
             raise UsageError(

@@ -58,9 +58,9 @@ class Method(base.Method):
         paper="Sung et al. 2021, arXiv 2111.09839",
         category="selective",
         summary="The few weights with the largest Fisher information on the training rows train, all else is frozen.",
-        trains="a change of k entries of the linear layers' weights",
-        count="k = keep * weights of the chosen layers, rounded down",
-        tasks=("causal_lm", "seq2seq_lm"),
+        trains="a change of k entries of the linear layers' weights; a classifier's head",
+        count="k = keep * weights of the chosen layers, rounded down, plus the head",
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         supports=frozenset({"gradient_checkpointing", "resume"}),
     )
@@ -73,6 +73,7 @@ class Method(base.Method):
         """Attach k values, spread evenly over the layers until `calibrate` places them."""
         from peft import get_peft_model
 
+        from peftctl.tuners.float32_copy import widen_copies
         from peftctl.tuners.sparse_delta import SparseDeltaConfig
 
         chosen = self._chosen(model)
@@ -83,7 +84,9 @@ class Method(base.Method):
         )
         # Without weights peft would make the copy of a head on the CPU all the same.
         with model.device if model.device.type == "meta" else nullcontext():
-            return get_peft_model(model, config)
+            peft_model = get_peft_model(model, config)
+        widen_copies(peft_model)
+        return peft_model
 
     def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Score the weights on the first N rows and fix the mask."""
@@ -120,15 +123,19 @@ class Method(base.Method):
         place(model, state["mask"])
 
     def export(self, model: Any) -> Any:
-        """Return the adapter in the type that the section wants."""
+        """Return the adapter in the type that the section wants, with a head in the base's: so peft loads it again."""
+        from peftctl.tuners.float32_copy import narrow_copies
         from peftctl.tuners.shira_export import into_shira
 
+        narrow_copies(model)
         return into_shira(model) if self.config.as_shira else model
 
     def _chosen(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         from torch import nn
 
         chosen = _targets.matched_modules(model, self.config.target_modules)
+        for head in _heads.head_names(model):  # trains whole
+            chosen = {name: m for name, m in chosen.items() if name != head and not name.startswith(f"{head}.")}
         for name, module in chosen.items():
             if isinstance(module, nn.Embedding):
                 raise UsageError(f"method.target_modules: {name} is an embedding; fishmask takes linear layers only")
@@ -166,7 +173,7 @@ def fisher(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
     from peftctl.models.supervised import supervised_forward
     from peftctl.tuners.sparse_delta import layers
 
-    weights = {name: layer.get_base_layer().weight for name, layer in layers(model)}
+    weights = {name: layer.get_base_layer().get_parameter("weight") for name, layer in layers(model)}
     scores = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     training, rows = model.training, 0

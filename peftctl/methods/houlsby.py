@@ -55,9 +55,9 @@ class Method(base.Method):
         paper="Houlsby et al. 2019, arXiv 1902.00751",
         category="adapter",
         summary="A small two-layer perceptron with a skip connection behind attention and feed-forward in every block.",
-        trains="D, U and biases of the adapters; scales and shifts of all norms",
-        count="L * 2 * (2dm + m + d), plus 2dm + m + d for each cross-attention, plus the norms",
-        tasks=("causal_lm", "seq2seq_lm"),
+        trains="D, U and biases of the adapters; scales and shifts of all norms; a classifier's head",
+        count="L * 2 * (2dm + m + d), plus 2dm + m + d for each cross-attention, plus the norms and the head",
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         merge_note="the adapter is not linear, no weight of the base can take it up",
         supports=frozenset({"4bit", "8bit", "gradient_checkpointing", "resume"}),
     )

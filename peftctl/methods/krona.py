@@ -11,12 +11,13 @@ the feed-forward part, KronA_B and KronA_B^res with a learned scale of the resid
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from peftctl.errors import UsageError
-from peftctl.methods import _targets, base
+from peftctl.methods import _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
 from peftctl.recipe.schema import Positive
 
@@ -51,14 +52,15 @@ class Method(base.Method):
         summary="A Kronecker product A kron B beside each chosen linear layer: few parameters, yet of full rank.",
         trains="A and B of every target",
         count="sum over targets of a1 * a2 + b1 * b2, where a1 * b1 = d_out and a2 * b2 = d_in",
-        tasks=("causal_lm", "seq2seq_lm"),
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         supports=frozenset({"gradient_checkpointing", "resume"}),
     )
 
     def count(self, model: PreTrainedModel) -> int:
-        """Return the sum over targets of a1 * a2 + b1 * b2."""
-        return sum(a1 * a2 + b1 * b2 for (a1, a2), (b1, b2) in map(self._shapes, self._chosen(model).values()))
+        """Return the sum over targets of a1 * a2 + b1 * b2, and a classifier's head."""
+        shapes = map(self._shapes, self._chosen(model).values())
+        return sum(a1 * a2 + b1 * b2 for (a1, a2), (b1, b2) in shapes) + _heads.head_parameters(model)
 
     def notices(self, model: PreTrainedModel) -> list[str]:
         """Return the shapes of A and B, which follow from `factor` and the sides of the targets."""
@@ -71,10 +73,9 @@ class Method(base.Method):
 
     def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
         """Attach A and B to the targets."""
-        from contextlib import nullcontext
-
         from peft import LoKrConfig, get_peft_model
 
+        from peftctl.tuners.float32_copy import widen_copies
         from peftctl.tuners.kron_linear import lean_training
 
         chosen = self._chosen(model)
@@ -87,11 +88,20 @@ class Method(base.Method):
             decompose_both=False,
             decompose_factor=self.config.factor,
             target_modules=_targets.suffixes(model, chosen),
+            modules_to_save=_heads.head_names(model) or None,
         )
         with model.device if model.device.type == "meta" else nullcontext():
             peft_model = get_peft_model(model, config)
+        widen_copies(peft_model)
         lean_training(peft_model)
         return peft_model
+
+    def export(self, model: Any) -> Any:
+        """Return the adapter, with a classifier's head in the base's type, as peft loads it."""
+        from peftctl.tuners.float32_copy import narrow_copies
+
+        narrow_copies(model)
+        return model
 
     def _shapes(self, module: nn.Module) -> tuple[Shape, Shape]:
         """Return the shapes of A and B, as peft chooses them."""
@@ -104,7 +114,11 @@ class Method(base.Method):
     def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:
         from torch import nn
 
-        chosen = _targets.matched_modules(model, _targets.resolve_targets(model, self.config.target_modules))
+        heads = tuple(f"{name}." for name in _heads.head_names(model))
+        matched = _targets.matched_modules(model, _targets.resolve_targets(model, self.config.target_modules))
+        chosen = {name: module for name, module in matched.items() if not f"{name}.".startswith(heads)}
+        if not chosen:
+            raise UsageError("method.target_modules: holds only the head, which trains whole; name layers of the model")
         for name, module in chosen.items():
             if not isinstance(module, nn.Linear):
                 kind = type(module).__name__

@@ -12,7 +12,7 @@ Where we, or peft, differ from the paper:
 - Dropout on the prefix is the authors' (their head's, 0.1 in BERT); peft has none, so ours is around its table.
 - On BERT the text begins at position n, as in the authors' code: rows may be n tokens shorter.
 - The paper's optional first stage, one prefix over several data sets with a head each, is not here yet.
-- Language modelling (causal_lm) has no new head: it is then prefix tuning without the network.
+- peft's `disable_adapter` fails on an encoder's classifier behind a prefix, and the trained head would stay anyway.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Method(PrefixMethod):
         summary="Prefixes in every layer and a new head: classes of texts and of words at the level of fine-tuning.",
         trains="the prefix and the head; the base is frozen",
         count="n * 2L*kv + head",
-        tasks=("seq_cls", "token_cls", "causal_lm"),
+        tasks=("seq_cls", "token_cls"),
         merge_note=MERGE_NOTE,
         identity_at_init=False,
         identity_note=IDENTITY_NOTE,
-        disable_note="of a classifier the trained head stays, since the base has none of its own",
+        disable_note="peft can't switch off a prefix before an encoder's classifier, and the head is trained with it",
         needs=f"{CHECKPOINTING} Encoders whose attention reads a cache: BERT, RoBERTa, ELECTRA, not DeBERTa.",
         supports=frozenset({"4bit", "8bit", "resume"}),
     )

@@ -45,7 +45,7 @@ class Method(StartMethod):
         summary="LoRA that trains the r largest singular values of each weight with their vectors, instead of noise.",
         trains="A and B of every target",
         count="sum over targets of r * (d_in + d_out); plus modules_to_save. What is saved has rank 2 r",
-        tasks=("causal_lm", "seq2seq_lm"),
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         supports=frozenset({"gradient_checkpointing", "resume", "new_tokens"}),
     )

@@ -46,8 +46,8 @@ class Config(PrefixKeys):
 class Method(PrefixMethod):
     """Trained keys and values before every layer's own, made by a network that is dropped in the end."""
 
-    Config = Config
     config: Config
+    Config = Config
     card = base.Card(
         title="Prefix tuning",
         paper="Li & Liang 2021, arXiv 2101.00190",

@@ -70,7 +70,7 @@ class Method(FixedMethod):
         summary="LoRA that starts anew several times and keeps what it learned: the sum of all cycles has a high rank.",
         trains="A and B of every target, once a cycle",
         count=Lora.card.count + ". What is saved has rank r times the number of cycles",
-        tasks=("causal_lm", "seq2seq_lm"),
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         needs="Memory and time for the frozen pairs: every finished cycle adds r * (d_in + d_out) float32 a target.",
         supports=Lora.card.supports,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,32 @@ def sublayer_ends(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]
     return {part: [name for name in names if chosen.get(name) == part] for part in ("attention", "mlp")}
 
 
+def key_value_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Find the linear layers that make keys and values, two in every module of attention.
+
+    Args:
+        model: Any transformer.
+        names: Of its linear layers, in the model's order.
+
+    Returns:
+        Their names, in the given order.
+
+    Raises:
+        UsageError: A module of attention has none of its own, as where they are fused with the queries.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for place in _places(model, names):
+        if place.attention is not None:
+            role = _KEY_VALUE.fullmatch(place.name.rsplit(".", 1)[-1].lower())
+            found.setdefault((place.block, place.attention), []).extend([place.name] if role else [])
+    if not found or any(len(pair) != 2 for pair in found.values()):
+        raise UsageError(
+            f"the {model.config.model_type} architecture has no linear layers of their own for keys and values; "  # type: ignore[union-attr]
+            "take another method, or method.name: peft with type: IA3 and its target_modules"
+        )
+    return [name for pair in found.values() for name in pair]
+
+
 def norms(model: nn.Module) -> dict[str, nn.Module]:
     """Return the LayerNorms and RMSNorms that have parameters, by name: every architecture calls its class a norm."""
     named = model.named_modules()
@@ -155,6 +182,9 @@ def _width(layer: nn.Module) -> int:
     assert isinstance(width, int)
     return width
 
+
+_KEY_VALUE = re.compile(r"w?(k|v|key|value)(_?(proj|lin|linear|layer))?")
+"""Last names of linear layers that make keys or values; a fused one is called after all that it makes."""
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last names of linear layers that choose experts; Llama's gate_proj is another thing."""

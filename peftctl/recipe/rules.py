@@ -210,6 +210,8 @@ def _labels(view: View) -> Iterator[Finding]:
         message = f"data.labels: {task} has no classes; only {' and '.join(_FORMAT_OF_TASK)} read it"
         yield Finding(view.at("data.labels"), message, "remove it, or change model.task")
     names = [str(label) for label in labels]
+    if len(names) < 2:
+        yield Finding(view.at("data.labels"), f"data.labels: expected at least two classes, got {len(names)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield Finding(view.at("data.labels"), f"data.labels: {', '.join(twice)} twice", "list each label once")
 

@@ -114,7 +114,7 @@ class DataSection(Section):
     """`chat` (the tokenizer's own), `alpaca`, or a "{...}" string over the row's fields."""
     max_length: Positive = 1024
     """Tokens a row; longer rows are cut at the end."""
-    labels: Annotated[list[str | int], Field(min_length=2)] | None = None
+    labels: list[str | int] | None = None
     """Classes of seq_cls and token_cls, by number; left out, those of the training rows in sorted order. Whole numbers
     in rows count into it, from 0, where it has names."""
     loss_on: Literal["completion", "last_turn", "all"] = "completion"

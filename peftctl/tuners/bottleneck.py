@@ -76,7 +76,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def change(self, adapter_name: str, h: torch.Tensor) -> torch.Tensor:
         """Return U φ(D h + b1) + b2 for h of shape (..., d), in the type of h."""
-        down, up = self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name]
+        down: Any = self.bottleneck_down[adapter_name]
+        up: Any = self.bottleneck_up[adapter_name]
         low = functional.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype))
         return functional.linear(self.activations[adapter_name](low), up.weight.to(h.dtype), up.bias.to(h.dtype))
 

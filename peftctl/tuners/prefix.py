@@ -63,11 +63,9 @@ class TrainedPrefix(nn.Module):
         self.paired = paired
         self.embedding = nn.Embedding(tokens, shape.row if hidden is None else shape.width)
         nn.init.normal_(self.embedding.weight, std=std)
-        self.transform = None
+        self.transform: nn.Sequential | None = None
         if hidden is not None:
-            self.transform = nn.Sequential(
-                nn.Linear(shape.width, hidden), nn.Tanh(), nn.Linear(hidden, shape.row)
-            )
+            self.transform = nn.Sequential(nn.Linear(shape.width, hidden), nn.Tanh(), nn.Linear(hidden, shape.row))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, prefix: torch.Tensor) -> torch.Tensor:
@@ -95,14 +93,14 @@ class TrainedPrefix(nn.Module):
     def start_from(self, rows: torch.Tensor) -> None:
         """Make `rows()` these keys and values, (n, 2 L h_kv d_h): a network gets the last layer nearest to its own.
 
-        With n <= m rows it has a solution without error: W <- W + (K - rows())^T pinv(H)^T, H being what the layer reads.
+        For n <= m rows it has a solution without error, W + (K - rows())^T pinv(H)^T, H being what the layer reads.
         """
         if self.transform is None:
             self.embedding.weight.copy_(rows)
             return
-        inner = self.transform[:-1](self.embedding.weight).double()
-        change = torch.linalg.lstsq(inner, rows.double() - self.rows().double(), driver="gelsd").solution
-        self.transform[-1].weight.add_(change.T)
+        read, last = self.transform[:-1](self.embedding.weight), self.transform[-1]
+        change = torch.linalg.pinv(read.cpu().double()) @ (rows - self.rows()).cpu().double()
+        last.weight.add_(change.T.to(last.weight))
 
 
 def cache_shape(model: PreTrainedModel) -> CacheShape:
@@ -114,16 +112,14 @@ def cache_shape(model: PreTrainedModel) -> CacheShape:
     what = f"method.name: the {model.config.model_type} architecture takes no prefix"
     try:
         pairs = keys_and_values(model, [0])
+        shapes = {tuple(part.shape[1::2]) for pair in pairs for part in pair}
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise UsageError(f"{what}: its attention reads no cache of keys and values") from error
     if not pairs:
         raise UsageError(f"{what}: its attention reads no cache of keys and values")
-    shapes = {tuple(part.shape[1::2]) for pair in pairs for part in pair}
     if len(shapes) != 1:
         found = ", ".join(map(str, sorted(shapes)))
-        raise UsageError(
-            f"{what}: expected keys and values of one shape (heads, width) in all layers, found {found}"
-        )
+        raise UsageError(f"{what}: expected keys and values of one shape (heads, width) in all layers, found {found}")
     heads, head_dim = shapes.pop()
     return CacheShape(len(pairs), heads, head_dim)
 
@@ -147,7 +143,8 @@ def keys_and_values(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[to
         )
     else:
         model.base_model(input_ids=tokens, past_key_values=cache)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def as_rows(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -158,10 +155,8 @@ def as_rows(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 def flatten_prefix(model: PeftModel) -> None:
     """Replace what made the prefix in training by peft's flat table of its rows, in place."""
-    config: Any = model.peft_config["default"]
-    trained = model.prompt_encoder["default"]
+    trained: Any = model.prompt_encoder["default"]
     rows = trained.stored_rows().detach()
-    config.prefix_projection, config.encoder_hidden_size = False, None
-    flat = PrefixEncoder(config).to(rows.device)
+    flat = PrefixEncoder(model.peft_config["default"]).to(rows.device)
     flat.embedding.weight.data.copy_(rows)
     model.prompt_encoder["default"] = flat.train(trained.training)

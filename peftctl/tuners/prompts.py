@@ -41,9 +41,9 @@ class TaskPromptsForCausalLM(_TaskPrompts, PeftModelForCausalLM):
 class TaskPromptsForSeq2SeqLM(_TaskPrompts, PeftModelForSeq2SeqLM):
     """An encoder-decoder whose encoder reads a prompt that depends on the task of the row."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # by name, as everything here calls it
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         **inputs: Any,
@@ -56,8 +56,7 @@ class TaskPromptsForSeq2SeqLM(_TaskPrompts, PeftModelForSeq2SeqLM):
             task_ids: (batch,).
             inputs: Anything else that the base takes.
         """
-        assert input_ids is not None
-        embedded = self.word_embeddings(input_ids)
+        embedded = self.word_embeddings(input_ids)  # type: ignore[misc]
         prompts = self.get_prompt(len(input_ids), task_ids).to(embedded.dtype)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.base_model(

@@ -40,10 +40,10 @@ def into_shira(peft_model: Any) -> Any:
     r, ours = shira_rank(peft_model), dict(layers(peft_model))
     old = peft_model.peft_config["default"]
     config = ShiraConfig(r=r, target_modules=list(ours), task_type=old.task_type, modules_to_save=old.modules_to_save)
-    config.mask_fn = None  # the entries are known
+    config.mask_fn = None  # type: ignore[assignment]  # the entries are known
     model = get_peft_model(peft_model.unload(), config)
     for name, layer in ours.items():
-        target = model.get_base_model().get_submodule(name)
+        target: Any = model.get_base_model().get_submodule(name)
         target.shira_indices["default"], values = _padded(layer, target.shira_weight["default"].numel())
         target.shira_weight["default"].data = values
     return model.train(peft_model.training)

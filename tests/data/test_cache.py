@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from peftctl.data import cache as cache_module
 from peftctl.data import dataset
 from peftctl.data.dataset import encode_all
+from peftctl.data.encode import Encoder
 from tests.data import styles
 from tests.data.rows import ONE_TURN, TWO_TURNS, assistant, example, section, user
 from tests.data.styles import byte_level
@@ -19,13 +20,13 @@ from tests.data.styles import byte_level
 def encoded(monkeypatch):
     """Places of the examples that were encoded, not read."""
     seen = []
-    original = dataset.Encoder.encode
+    original = Encoder.encode
 
     def encode(self, found):
         seen.append(found.where)
         return original(self, found)
 
-    monkeypatch.setattr(dataset.Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
     return seen
 
 

@@ -190,7 +190,10 @@ def test_samples_hold_text_reference_and_prediction():
         model, tiny_tokenizer(), examples, kept, data, EvalSection(rows=3), Collator(tiny_tokenizer())
     )
     assert list(result.metrics) == ["loss", "accuracy", "macro_f1"]
-    assert [(s["where"], s["text"], s["reference"]) for s in result.samples] == [("a:0", "text 0", "a"), ("a:2", "text 2", "c")]
+    assert [(s["where"], s["text"], s["reference"]) for s in result.samples] == [
+        ("a:0", "text 0", "a"),
+        ("a:2", "text 2", "c"),
+    ]
     found = classify(model, kept, Collator(tiny_tokenizer()), 4)
     assert [s["prediction"] for s in result.samples] == [found.predicted[0][0], found.predicted[1][0]]
     tags = tag_rows(1)

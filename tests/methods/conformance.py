@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,19 +32,18 @@ from peftctl.artifacts.rundir import RunDir
 from peftctl.commands.prepare import as_trained
 from peftctl.console import Reporter
 from peftctl.data.collate import Collator
-from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example, Message
 from peftctl.errors import Interrupted
 from peftctl.methods import registry
 from peftctl.methods.base import Context, Method
-from peftctl.models.classifier import Head
 from peftctl.models.load import load_model, meta_model
-from peftctl.recipe.schema import CLASSIFICATION, ModelSection, QuantizationSection, Recipe
+from peftctl.recipe.schema import ModelSection, QuantizationSection, Recipe
 from peftctl.recipe.write import dump_recipe
 from peftctl.training.checkpoints import read_mark
 from peftctl.training.stages import Workload, run_stages
 from peftctl.training.trainer import MethodTrainer
 from tests import tiny
+from tests.methods.conformance_models import CARDS, LABELS, MODELS, OVERRIDES, RENAMED, head_of
 from tests.training.test_resume import StopAt
 
 HALF = 5
@@ -53,86 +51,6 @@ HALF = 5
 EARLY = 3
 """Optimizer steps after which everything that trains must have moved."""
 PROBE = [list(range(5, 17)), list(range(40, 60))]
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny model and the rows that it trains on."""
-
-    task: str
-    make: Callable[[], Any]
-    rows: Callable[[], list[EncodedRow]]
-
-
-def _ids(draw: random.Random) -> list[int]:
-    return [draw.randrange(4, 390) for _ in range(draw.randrange(6, 21))]
-
-
-def sequences() -> list[EncodedRow]:
-    """Return four rows of 6 to 20 tokens, the second half of each supervised."""
-    draw = random.Random(0)
-    rows = [_ids(draw) for _ in range(4)]
-    return [EncodedRow(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :], f"rows:{i}") for i, ids in enumerate(rows)]
-
-
-def pairs() -> list[EncodedRow]:
-    """Return four pairs of 6 to 20 tokens and their second half."""
-    draw = random.Random(0)
-    rows = [_ids(draw) for _ in range(4)]
-    return [EncodedRow(ids, ids[len(ids) // 2 :], f"rows:{i}", paired=True) for i, ids in enumerate(rows)]
-
-
-def classified() -> list[EncodedRow]:
-    """Return four rows of 6 to 20 tokens, each of one of three classes."""
-    return [EncodedRow(row.input_ids, [i % 3], row.where, classes=True) for i, row in enumerate(sequences())]
-
-
-def tagged() -> list[EncodedRow]:
-    """Return four rows of 6 to 20 tokens, every second one with one of three classes."""
-    return [
-        EncodedRow(row.input_ids, [i % 3 if i % 2 else -100 for i in row.input_ids], row.where, classes=True)
-        for row in sequences()
-    ]
-
-
-def short_llama() -> Any:
-    """Return the tiny Llama without its upper half: two layers show what four do."""
-    model = tiny.tiny_llama()
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    return model
-
-
-MODELS = {
-    "llama": Tiny("causal_lm", short_llama, sequences),
-    "opt": Tiny("causal_lm", tiny.tiny_opt, sequences),
-    "t5": Tiny("seq2seq_lm", tiny.tiny_t5, pairs),
-    "bert": Tiny("seq_cls", tiny.tiny_bert, classified),
-    "tagger": Tiny("token_cls", tiny.tiny_bert, tagged),
-}
-LABELS = ["negative", "neutral", "positive"]
-
-RENAMED: dict[str, dict[str, str]] = {
-    "opt": {"o_proj": "out_proj"},
-    "t5": {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"},
-    "bert": {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention.output.dense"},
-}
-"""What other architectures call the projections that recipes, which are for Llama-like models, name."""
-RENAMED["tagger"] = RENAMED["bert"]
-
-OVERRIDES: dict[str, dict[str, Any]] = {}
-"""Method -> keys of its section that a model of width 32 can't have as the recipe sets them, each with its reason."""
-
-REFUSED: dict[tuple[str, str], str] = {
-    ("bitfit", "llama"): "llama architecture has none",  # no bias in any layer
-    ("bitfit", "t5"): "t5 architecture has none",  # likewise
-}
-"""(method, model) -> what the refusal says, with what the model lacks."""
-
-CARDS = {name: registry.get(name).card for name in registry.names()}
-CLAIMED = [(name, key) for name, card in CARDS.items() for key, model in MODELS.items() if model.task in card.tasks]
-CASES = [pair for pair in CLAIMED if pair not in REFUSED]
-TRAINING = [(name, key) for name, key in CASES if "trains" not in CARDS[name].gates_off]
 
 
 @dataclass(frozen=True)
@@ -409,11 +327,6 @@ class Case:
         watch(model)
         seen, run = self.train(method, model, recipe, name, self.straight.checkpoint, stop=HALF + 1)
         return Continued(seen.gradients[HALF + 1], read_mark(run.latest_checkpoint()).supervised_tokens)
-
-
-def head_of(model: str) -> Head | None:
-    """Return what the head of a tiny model is made for; None for a language model."""
-    return Head(LABELS, tiny.tiny_tokenizer().pad_token_id) if MODELS[model].task in CLASSIFICATION else None
 
 
 def everything(model: Any) -> dict[str, torch.Tensor]:

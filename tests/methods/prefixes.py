@@ -14,9 +14,7 @@ IDS = torch.arange(5, 29).reshape(2, 12)
 
 def context(task="causal_lm"):
     made = recipe()
-    return Context(
-        made.model_copy(update={"model": made.model.model_copy(update={"task": task})}), tiny_tokenizer()
-    )
+    return Context(made.model_copy(update={"model": made.model.model_copy(update={"task": task})}), tiny_tokenizer())
 
 
 def attached(method, model, task="causal_lm", seed=0):

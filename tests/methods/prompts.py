@@ -1,6 +1,5 @@
 """What the tests of prompt methods share."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -65,10 +64,3 @@ def smollm2():
     )  # fmt: skip
     with torch.device("meta"):
         return LlamaForCausalLM(config)
-
-
-def gradients(model, batch, grad=True):
-    model.zero_grad()
-    with nullcontext() if grad else torch.no_grad():
-        model(**batch).logits.float().square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -2,8 +2,8 @@
 
     reload.py peftctl|peft JOBS
 
-JOBS is a JSON list of {"artefact", "base", "auto_class", "options", "rows", "out"}. With `peftctl` a run directory is loaded by
-`peftctl.load`; with `peft` adapter/ or model/ by transformers and peft alone. What fails is written as text instead.
+JOBS is a JSON list of {"artefact", "base", "auto_class", "options", "rows", "out"}. With `peftctl` a run directory is
+loaded by `peftctl.load`; with `peft` adapter/ or model/ by transformers and peft alone. What fails is written as text.
 """
 
 import json

@@ -26,7 +26,8 @@ from peftctl.models.quantize import is_quantized
 from peftctl.recipe.schema import QuantizationSection
 from peftctl.recipe.write import dump_recipe
 from tests.methods import conformance
-from tests.methods.conformance import CARDS, CASES, EARLY, HALF, MODELS, PROBE, REFUSED, TRAINING, Bench, same
+from tests.methods.conformance import EARLY, HALF, PROBE, Bench, same
+from tests.methods.conformance_models import CARDS, CASES, LABELS, MODELS, REFUSED, TRAINING, head_of
 
 RELOAD = Path(__file__).with_name("reload.py")
 ROOT = Path(__file__).parents[2]
@@ -218,7 +219,7 @@ def reloaded(request, bench, how):
         jobs.append(
             {
                 "artefact": str(place), "base": base, "auto_class": auto_class, "rows": PROBE,
-                "options": {"num_labels": len(conformance.LABELS)} if conformance.head_of(model) else {},
+                "options": {"num_labels": len(LABELS)} if head_of(model) else {},
                 "out": str(out / f"{name}-{model}.pt"),
             }
         )  # fmt: skip
@@ -269,7 +270,7 @@ def test_plain_peft_answers_as_what_was_trained(case, with_peft):
 @on(CASES)
 def test_the_artefact_has_its_files_and_tensors_and_no_more(case):
     saved = case.straight.saved
-    whole = MODEL_FILES - ({"generation_config.json"} if conformance.head_of(case.model) else set())
+    whole = MODEL_FILES - ({"generation_config.json"} if head_of(case.model) else set())
     own = {"model": whole, "adapter": ADAPTER_FILES if saved.keys else set()}[saved.folder.name]
     assert {p.name for p in saved.folder.iterdir()} == COMMON_FILES | own
     tensors = conformance.tensors_of(saved.folder)
@@ -344,6 +345,6 @@ def test_on_an_nf4_base_it_trains_or_is_refused(case):
     refuse_unsupported(recipe, case.method())
     section = case.bench.section(case.model)
     four = QuantizationSection(bits=4)
-    base = load_model(section, device="cpu", quantization=four, head=conformance.head_of(case.model))
+    base = load_model(section, device="cpu", quantization=four, head=head_of(case.model))
     assert is_quantized(base)
     two_steps(case, base, "nf4")

@@ -157,7 +157,7 @@ def test_training_forward_keeps_no_float32_copy_of_a_bfloat16_activation():
         assert kept and not any(dtype == torch.float32 and len(shape) > 2 for shape, dtype in kept)
         layer._plain_training = lambda: False
         kept = family.kept_for_backward(layer, batch=16, seq=16, dtype=torch.bfloat16)
-        assert any(dtype == torch.float32 and (16, 16) == shape[:2] for shape, dtype in kept)  # peft's own does
+        assert any(dtype == torch.float32 and shape[:2] == (16, 16) for shape, dtype in kept)  # peft's own does
 
 
 # -- what trains -------------------------------------------------------------------------------------------------------

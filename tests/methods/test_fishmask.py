@@ -469,3 +469,30 @@ def test_selections_that_can_not_work_are_refused(keys, message):
 def test_sections_that_can_not_work_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         Config(**keys)
+
+
+def test_a_run_scores_rows_drawn_by_its_seed_and_its_gate_sees_that_nothing_moved(tmp_path, monkeypatch):
+    """The rows of a file lie in some order, and a run whose values stay 0 is no success, whatever the mask is."""
+    import peftctl
+    from peftctl.methods import fishmask
+    from tests.commands.helpers import write_recipe
+
+    looked_at = []
+
+    def watched(model, batches):
+        kept = list(batches)
+        looked_at.append([batch["input_ids"].tolist() for batch in kept])
+        return fisher(model, kept)
+
+    monkeypatch.setattr(fishmask, "fisher", watched)
+    path = write_recipe(tmp_path, save_tiny(tmp_path / "base"), {"name": "fishmask", "keep": 0.02, "rows": 12})
+    recipe = peftctl.load_recipe(path, ["train.max_steps=1", "train.learning_rate=1e-45", "eval.metrics=[loss]"])
+    with pytest.raises(ArtifactError, match="nothing was learned"):
+        peftctl.train(recipe)
+    with pytest.raises(ArtifactError, match="nothing was learned"):
+        peftctl.train(recipe, fresh=True)
+    assert looked_at[0] == looked_at[1] and len(looked_at[0]) == 12
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
+    with pytest.raises(ArtifactError, match="nothing was learned"):
+        peftctl.train(other, fresh=True)
+    assert looked_at[2] != looked_at[0]

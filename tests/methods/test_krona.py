@@ -8,11 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftctl.artifacts.fold import fold
 from peftctl.errors import Interrupted, UsageError
+from peftctl.methods.base import Context
 from peftctl.methods.krona import Config, Method
 from peftctl.tuners.kron_linear import KronLinear, layers
 from tests.methods.architectures import tiny_of
-from tests.methods.helpers import applied, context, run_steps
-from tests.tiny import tiny_llama, tiny_opt, tiny_t5
+from tests.methods.helpers import applied, context, recipe, run_steps
+from tests.tiny import tiny_bert, tiny_llama, tiny_opt, tiny_t5
 from tests.training.helpers import train, trained_tensors, workload
 from tests.training.test_resume import StopAt
 
@@ -178,6 +179,30 @@ def test_the_notice_says_the_shapes():
 def test_targets_that_are_no_linear_layer_are_refused(architecture, targets, kind):
     with pytest.raises(UsageError, match=rf"is a {kind}; krona takes nn\.Linear only"):
         method(target_modules=targets).count(tiny_of(architecture))
+
+
+def test_a_classifiers_head_trains_whole_and_is_no_target(tmp_path):
+    from peft import PeftModel
+
+    def base():
+        return tiny_bert(kind="BertForSequenceClassification", num_labels=3).to(torch.bfloat16)
+
+    plain = recipe()
+    task = Context(plain.model_copy(update={"model": plain.model.model_copy(update={"task": "seq_cls"})}))
+    with pytest.raises(UsageError, match="holds only the head"):
+        method(target_modules=["classifier"]).count(base())
+    model = method().apply(base(), task)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == method().count(base())
+    assert len(trainable) == 2 * len(list(layers(model))) + 2 and {p.dtype for p in trainable} == {torch.float32}
+    assert torch.equal(model.eval()(input_ids=IDS).logits, base()(input_ids=IDS).logits)
+    for parameter in trainable:
+        parameter.data += 0.01
+    exported = method().export(model)
+    logits = exported(input_ids=IDS).logits
+    exported.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(again(input_ids=IDS).logits, logits)
 
 
 @pytest.mark.parametrize("keys", [{"factor": 0}, {"scale": 0.0}, {"r": 4}])

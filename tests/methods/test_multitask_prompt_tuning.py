@@ -1,6 +1,7 @@
 """Multitask prompt tuning: its equation in float64, which row reads which prompt, and what training moves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,10 @@ def test_an_encoder_reads_the_prompt_of_its_rows_task():
 
 
 def test_a_row_without_a_task_reads_the_last_prompt():
-    for base, task, more in ((tiny_llama(), "causal_lm", {}), (tiny_t5(), "seq2seq_lm", {"decoder_input_ids": DECODER})):
+    for base, task, more in (
+        (tiny_llama(), "causal_lm", {}),
+        (tiny_t5(), "seq2seq_lm", {"decoder_input_ids": DECODER}),
+    ):
         model = randomise(multi(model=base, task=task)).eval()
         last = model(input_ids=IDS, task_ids=torch.tensor([2, 2]), **more).logits
         assert torch.equal(model(input_ids=IDS, **more).logits, last)
@@ -177,7 +181,7 @@ def test_another_number_of_tasks_than_sources_is_refused(tasks, sources, message
 
 
 def test_a_finished_prompt_can_not_be_factored_again():
-    with pytest.raises(ValidationError, match="is multiplied out; go on from it with method.name: prompt_tuning"):
+    with pytest.raises(ValidationError, match=r"is multiplied out; go on from it with method\.name: prompt_tuning"):
         Config(init_from="runs/mpt")
 
 
@@ -192,7 +196,9 @@ def test_a_run_over_two_sources_trains_both_and_saves_the_last(tmp_path):
     other = write_rows(tmp_path / "other.jsonl", 12, first=200)
     content = path.read_text().replace("train: train.jsonl", f"sources: [{{path: train.jsonl}}, {{path: {other}}}]")
     path.write_text(content)
-    result = peftctl.train(peftctl.load_recipe(path, ["train.eval_steps=6", "train.max_steps=12", "train.learning_rate=0.1"]))
+    result = peftctl.train(
+        peftctl.load_recipe(path, ["train.eval_steps=6", "train.max_steps=12", "train.learning_rate=0.1"])
+    )
     assert result.summary["trainable_parameters"] == 4 * 32 + 2 * (4 + 32)
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     # Held-out rows belong to no source: in training, too, they are measured with the prompt that is saved.
@@ -203,8 +209,6 @@ def test_a_run_over_two_sources_trains_both_and_saves_the_last(tmp_path):
 
 
 def test_training_moves_the_factors_of_every_task_that_has_rows(tmp_path):
-    from dataclasses import replace
-
     work = workload(tmp_path, method("multitask_prompt_tuning", tasks=1))
     collate = Collator(tiny_tokenizer(), None, work.method.fields())
     rows = [replace(row, source=0) for row in work.train_rows]
@@ -215,8 +219,6 @@ def test_training_moves_the_factors_of_every_task_that_has_rows(tmp_path):
 
 
 def test_pairs_train_an_encoder_decoder(tmp_path):
-    from dataclasses import replace
-
     work = workload(tmp_path, method("multitask_prompt_tuning"), batch_size=8, max_steps=12)
     model_section = work.recipe.model.model_copy(update={"task": "seq2seq_lm"})
     collate = Collator(tiny_tokenizer(), None, work.method.fields())

@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from peftctl.errors import Interrupted
+from peftctl.methods.base import Context
 from peftctl.methods.p_tuning import Config, Method
 from peftctl.training.checkpoints import read_state
 from tests.methods.prompts import IDS, attached, behind, method, randomise, smollm2, table
@@ -100,7 +101,7 @@ def test_a_checkpoint_brings_back_the_encoder_and_its_input_table(tmp_path, kind
         train(workload(tmp_path, method(kind), max_steps=8, reporter=StopAt(4)))
     stopped = workload(tmp_path, method(kind), max_steps=8)
     torch.manual_seed(7)
-    model = stopped.method.apply(tiny_llama(), attached_context(stopped))
+    model = stopped.method.apply(tiny_llama(), Context(stopped.recipe))
     fresh = trained_tensors(model)
     read_state(stopped.run.latest_checkpoint(), model, stopped.method)
     restored = trained_tensors(model)
@@ -110,12 +111,6 @@ def test_a_checkpoint_brings_back_the_encoder_and_its_input_table(tmp_path, kind
     resumed, _ = train(stopped, stopped.run.latest_checkpoint())
     for name, tensor in trained_tensors(straight).items():
         assert torch.equal(trained_tensors(resumed)[name], tensor), name
-
-
-def attached_context(work):
-    from peftctl.methods.base import Context
-
-    return Context(work.recipe)
 
 
 # -- what is saved -------------------------------------------------------------------------------------------------
@@ -135,5 +130,5 @@ def test_the_result_is_the_encoders_output_alone(kind):
 
 
 def test_a_finished_prompt_can_not_be_taken_up_by_a_new_encoder():
-    with pytest.raises(ValidationError, match="has no encoder; go on from it with method.name: prompt_tuning"):
+    with pytest.raises(ValidationError, match=r"has no encoder; go on from it with method\.name: prompt_tuning"):
         Config(init_from="runs/p_tuning")

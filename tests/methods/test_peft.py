@@ -236,3 +236,174 @@ def test_on_a_half_type_base_float32_trains_or_the_type_is_refused(kind, tmp_pat
     torch.testing.assert_close(
         probe(reloaded(tmp_path / "adapter", "bfloat16")), logits, rtol=0, atol=2**-8 * float(logits.abs().max())
     )
+
+
+@pytest.mark.parametrize("kind", ["CARTRIDGE", "PVERA", "P_TUNING", "SHADOW", "SHIRA", "VBLORA", "VERA"])
+def test_stopped_and_resumed_equals_straight_also_where_frozen_tensors_were_drawn(kind, tmp_path):
+    """The resumed process draws others first: the seed alone must not be what makes them equal."""
+    straight, _ = train(workload(tmp_path / "straight", method(kind), max_steps=4))
+    with pytest.raises(Interrupted):
+        train(workload(tmp_path / "stopped", method(kind), max_steps=4, reporter=StopAt(2)))
+    work = workload(tmp_path / "stopped", method(kind), max_steps=4)
+    torch.manual_seed(99)
+    model = work.method.apply(tiny_llama(), Context(work.recipe))
+    run_stages(work, model, work.run.latest_checkpoint())
+    expected = trained_tensors(straight)
+    assert expected.keys() == trained_tensors(model).keys()
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(probe(model), probe(straight))
+
+
+def test_biases_merge_where_there_are_some():
+    model = method("BEFT").apply(tiny_opt(), context())
+    run_steps(model, 2)
+    logits = probe(model)
+    plain, _ = fold(model, torch.float32)
+    require_exact(compare(logits, probe(plain)), "merging")
+
+
+def test_the_small_network_of_shadow_has_its_loss():
+    chosen = method("SHADOW", auxiliary_loss_weight=0.25)
+    model = chosen.apply(tiny_llama(), context())
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    parts = chosen.loss(model, batch, lambda rows: supervised_forward(model, rows))
+    model(**batch)
+    torch.testing.assert_close(parts["shadow"], 0.25 * model.base_model.last_shadow_loss)
+    off = method("SHADOW", auxiliary_loss_weight=0.0)
+    assert off.loss(
+        model := off.apply(tiny_llama(), context()), batch, lambda rows: supervised_forward(model, rows)
+    ).keys() == {"loss"}
+
+
+# -- bases and tasks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_on_a_quantised_base_it_starts_alike_and_trains_or_is_refused(kind, base):
+    wanted = recipe().model_copy(update={"quantization": QuantizationSection(bits=4)})
+    if kind not in QUANTISED:
+        with pytest.raises(UsageError, match=rf"^quantization\.bits: peft has no {kind} for a base of 4 bits"):
+            method(kind).apply(tiny_llama(), Context(wanted))
+        return
+    section = ModelSection(name_or_path=str(base), dtype="float32")
+    quantised = load_model(section, device="cpu", quantization=wanted.quantization)
+    weights = {name: p.detach().clone() for name, p in quantised.named_parameters()}
+    assert method(kind).count(quantised) == method(kind).count(tiny_llama())
+    model = method(kind).apply(quantised, Context(wanted))
+    losses = run_steps(model, 3)
+    assert losses[-1] < losses[0]
+    plain = {
+        n.removeprefix("base_model.").removeprefix("model.").replace("base_layer.", ""): p
+        for n, p in model.named_parameters()
+    }
+    for name, tensor in weights.items():
+        assert torch.equal(next(p for n, p in plain.items() if n.endswith(name.removeprefix("model."))), tensor), name
+
+
+def for_task(task):
+    wanted = recipe()
+    return Context(wanted.model_copy(update={"model": wanted.model.model_copy(update={"task": task})}))
+
+
+@pytest.mark.parametrize("task", ["seq_cls", "token_cls"])
+def test_a_classifiers_head_trains_in_float32_and_is_counted(task, tmp_path):
+    names = {"seq_cls": "BertForSequenceClassification", "token_cls": "BertForTokenClassification"}
+    make = lambda: tiny_bert(kind=names[task], num_labels=3).bfloat16()
+    chosen = Method(Config(type="HIRA", config={"r": 4, "target_modules": "all-linear"}))
+    model = chosen.apply(make(), for_task(task))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert chosen.count(make()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {"base_model.model.classifier.modules_to_save.default.weight"} < trains
+    assert not any("classifier.hira" in name for name in trains)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with pytest.raises(UsageError, match="PROMPT_TUNING does causal_lm here; for"):
+        method("PROMPT_TUNING").count(make())
+    with pytest.raises(UsageError, match="peft can't train a classifier's head beside TRAINABLE_TOKENS"):
+        method("TRAINABLE_TOKENS").count(make())
+
+
+def test_encoder_decoders_train_too():
+    chosen = Method(Config(type="LOHA", config={"r": 2, "target_modules": ["q", "v"]}))
+    model = chosen.apply(tiny_t5(), for_task("seq2seq_lm"))
+    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    assert chosen.count(tiny_t5()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    with pytest.raises(UsageError, match="PREFIX_TUNING does causal_lm here; for seq2seq_lm take a prompt method"):
+        method("PREFIX_TUNING").count(tiny_t5())
+
+
+# -- targets, notices and refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (["mlp", "q_proj"], {"q_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (r"model\.layers\.[01]\.mlp\.up_proj", {"up_proj"}),
+    ],
+)
+def test_words_names_and_expressions_select_targets(targets, expected):
+    model = method("HIRA", target_modules=targets).apply(tiny_llama(), context())
+    names = {name.split(".hira_A")[0] for name, p in model.named_parameters() if ".hira_A" in name}
+    assert {name.rsplit(".", 1)[-1] for name in names} == expected
+    assert len(names) == (2 if expected == {"up_proj"} else 4 * len(expected))
+
+
+def test_targets_left_out_are_pefts_and_notices_say_so():
+    assert Method(Config(type="HIRA")).notices(tiny_llama()) == ["target_modules: q_proj, v_proj (peft's choice)"]
+    assert method("HIRA").notices(tiny_llama()) == []
+    assert method("IA3").notices(tiny_llama()) == ["IA3: method.name: ia3 has the paper's settings"]
+    assert any("cannot merge the BEFT adapter" in line for line in method("BEFT").notices(tiny_llama()))
+    assert any("decomposes the base again" in line for line in method("PSOFT").notices(tiny_llama()))
+
+
+def test_psoft_needs_the_signs_that_its_machine_found(trained):
+    """Why there is a notice: with one singular pair's signs turned, what was saved means something else."""
+    _, _, folder, logits = trained("PSOFT")
+    model = reloaded(folder)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    a, b = layer._get_psoft_ab_cache_buffers("default")
+    sign = torch.ones(len(a))
+    sign[0] = -1
+    before = probe(model)
+    layer._set_psoft_ab_cache_buffers("default", sign[:, None] * a, b * sign)
+    torch.testing.assert_close(before, logits, rtol=0, atol=1e-5)
+    assert (probe(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("HIRRA", {}, r"^method\.type: the installed peft has no 'HIRRA'; did you mean 'HIRA'\?$"),
+        ("hira", {}, r"^method\.type: the installed peft has no 'hira'; did you mean 'HIRA'\?$"),
+        ("HIRA", {"rnak": 4}, r"^method\.config\.rnak: not a setting of HIRA; did you mean 'r"),
+        ("HIRA", {"hira_dropot": 0.1}, r"not a setting of HIRA; did you mean 'hira_dropout'\?$"),
+        ("HIRA", {"peft_type": "HIRA"}, r"^method\.config\.peft_type: follows from the rest of the recipe; remove it$"),
+        ("HIRA", {"task_type": "CAUSAL_LM"}, r"^method\.config\.task_type: follows"),
+        ("HIRA", {"inference_mode": True}, r"^method\.config\.inference_mode: follows"),
+        ("HIRA", {"base_model_name_or_path": "x"}, r"^method\.config\.base_model_name_or_path: follows"),
+        ("HIRA", {"r": -1}, r"^method\.config: HIRA: `r` should be a positive integer value but the value passed is -1"),
+        ("HIRA", {"r": "eight"}, r"^method\.config: HIRA: "),
+        ("HIRA", {"target_modules": ["q_porj"]}, r"^method\.config\.target_modules: 'q_porj' .*; did you mean 'q_proj'\?$"),
+        ("HIRA", {"target_modules": r".*\.qkv"}, r"^method\.config: HIRA: Target modules .* not found in the base model"),
+        ("PROMPT_TUNING", {}, r"^method\.config\.num_virtual_tokens: PROMPT_TUNING needs it"),
+        ("PROMPT_TUNING", PROMPT | {"prompt_tuning_init_text": "a"}, r"take method\.name: prompt_tuning"),
+        ("LORA", {"init_lora_weights": "pissa"}, r"^method\.config\.init_lora_weights: pissa: it changes the base"),
+        ("LORA", {"init_lora_weights": "olora"}, r"methods pissa, olora and lora do without$"),
+        ("LORA", {"init_lora_weights": "eva"}, r"looks at data"),
+        ("LORA", {"kasa_config": {"beta": 0.1}}, r"^method\.config\.kasa_config: it changes the base"),
+        ("LORA", {"layer_replication": [[0, 4], [2, 4]]}, r"^method\.config\.layer_replication: it makes another base"),
+        ("CPT", {"opt_weighted_loss_type": "decay"}, r"^method\.config\.opt_weighted_loss_type: it is a loss"),
+        ("ADAMSS", {"use_asa": True}, r"^method\.config\.use_asa: its schedule belongs to the training loop; remove it$"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(kind, keys, message):
+    for call in (Method(Config(type=kind, config=keys)).count, Method(Config(type=kind, config=keys)).notices):
+        with pytest.raises(UsageError, match=message) as caught:
+            call(tiny_llama())
+        assert "\n" not in str(caught.value)

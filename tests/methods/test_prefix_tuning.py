@@ -16,7 +16,6 @@ from peftctl.artifacts.merge import merge
 from peftctl.commands.prepare import refuse_unsupported
 from peftctl.errors import Interrupted, UsageError
 from peftctl.evaluation.generation import generate, position_limit
-from peftctl.methods.base import Context
 from peftctl.methods.prefix_tuning import Config, Method
 from peftctl.models.load import load_model
 from peftctl.models.supervised import supervised_forward
@@ -24,7 +23,7 @@ from peftctl.recipe.schema import ModelSection, QuantizationSection
 from peftctl.tuners.prefix import cache_shape, keys_and_values
 from tests.commands.helpers import write_recipe
 from tests.methods.helpers import recipe, run_steps
-from tests.methods.prefixes import IDS, attached, behind_prefix, context, encoder, gradient_of_rows, inputs
+from tests.methods.prefixes import IDS, attached, behind_prefix, encoder, gradient_of_rows, inputs
 from tests.methods.prompts import smollm2
 from tests.tiny import save_tiny, tiny_bart, tiny_bloom, tiny_llama, tiny_opt, tiny_t5, tiny_tokenizer
 from tests.training.helpers import train, trained_tensors, workload
@@ -219,9 +218,7 @@ def test_a_start_from_words_answers_as_if_they_stood_before_the_text(make, proje
 def test_words_are_cut_or_repeated(n):
     ids = tiny_tokenizer()("answer the question", add_special_tokens=False)["input_ids"]
     assert 2 < len(ids) < 30
-    model = attached(
-        method(num_virtual_tokens=n, projection=False, init_text="answer the question"), tiny_llama()
-    )
+    model = attached(method(num_virtual_tokens=n, projection=False, init_text="answer the question"), tiny_llama())
     _, values = keys_and_values(tiny_llama(), (ids * 30)[:n])[0]
     stored = encoder(model).rows().detach().view(n, 4, 2, 2, 8)[:, 0, 1]
     torch.testing.assert_close(stored, values[0].transpose(0, 1))
@@ -367,7 +364,10 @@ def test_gradient_checkpointing_is_refused():
 
 def test_a_model_without_a_cache_is_refused():
     config = DistilBertConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)
-    with pytest.raises(UsageError, match=r"^method\.name: the distilbert architecture takes no prefix: .* reads no cache of keys and values$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^method\.name: the distilbert architecture takes no prefix: .* reads no cache of keys and values$",
+    ):
         method().count(DistilBertForMaskedLM(config))
 
 

@@ -40,10 +40,10 @@ def test_the_loss_is_over_the_rows_own_tokens_only():
 # -- first values --------------------------------------------------------------------------------------------------
 
 
-def large_vocabulary():
+def with_vocabulary(tokens):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=6000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=tokens, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=512,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -57,7 +57,10 @@ def origin(prompt, model):
 
 def test_vocab_draws_different_tokens_of_the_5000_first_by_the_seed():
     first, again, other = (
-        origin(table(attached(Method(Config(num_virtual_tokens=400)), large_vocabulary(), seed=s)), large_vocabulary())
+        origin(
+            table(attached(Method(Config(num_virtual_tokens=400)), with_vocabulary(6000), seed=s)),
+            with_vocabulary(6000),
+        )
         for s in (0, 0, 1)
     )
     assert first == again != other
@@ -65,8 +68,9 @@ def test_vocab_draws_different_tokens_of_the_5000_first_by_the_seed():
 
 
 def test_a_vocabulary_smaller_than_the_prompt_is_drawn_from_again():
-    ids = origin(table(attached(method("prompt_tuning", num_virtual_tokens=900))), tiny_llama())
-    assert set(ids[:400]) == set(ids[400:800]) == set(range(400)) and len(set(ids[800:])) == 100
+    model = attached(method("prompt_tuning", num_virtual_tokens=225), with_vocabulary(100))
+    ids = origin(table(model), with_vocabulary(100))
+    assert set(ids[:100]) == set(ids[100:200]) == set(range(100)) and len(set(ids[200:])) == 25
 
 
 def test_text_is_repeated_or_cut_to_n():

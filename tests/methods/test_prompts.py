@@ -21,7 +21,7 @@ from tests.commands.helpers import write_recipe
 from tests.methods.helpers import run_steps
 from tests.methods.prompts import IDS, KINDS, attached, method, randomise
 from tests.tiny import save_tiny, tiny_llama, tiny_opt, tiny_t5, tiny_tokenizer
-from tests.training.helpers import train, trained_tensors, workload
+from tests.training.helpers import train, workload
 
 BASES = {"llama": (tiny_llama, "causal_lm"), "opt": (tiny_opt, "causal_lm"), "t5": (tiny_t5, "seq2seq_lm")}
 NAMES = [name for name in KINDS if "-" not in name]
@@ -38,7 +38,7 @@ def finished(base, tmp_path_factory):
     runs = {}
     for name in NAMES:
         folder = tmp_path_factory.mktemp(name)
-        overrides = ["train.save_steps=3", "train.save_total_limit=5", "eval.max_new_tokens=4"]
+        overrides = ["train.save_steps=3", "train.save_total_limit=5", "train.eval_steps=2", "eval.max_new_tokens=4"]
         overrides += ["eval.metrics=[loss, exact_match]", f"train.learning_rate={0.01 if name == 'p_tuning' else 0.1}"]
         recipe = write_recipe(folder, base, {"name": name, "num_virtual_tokens": 4})
         runs[name] = peftctl.train(peftctl.load_recipe(recipe, overrides))
@@ -59,6 +59,12 @@ def test_the_prompt_alone_trains_and_its_size_is_the_closed_form(kind, on):
     with torch.device("meta"):
         bare = make()
     assert sum(p.numel() for p in attached(chosen, bare, task).parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_leaves_no_position_for_a_row_is_refused(kind):
+    with pytest.raises(UsageError, match=r"^method\.num_virtual_tokens: the model has 512 positions, got 512"):
+        attached(method(kind, num_virtual_tokens=512))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +161,10 @@ def test_a_run_that_is_resumed_ends_byte_for_byte_as_one_that_was_not(tmp_path, 
 def test_a_run_measures_before_and_after_and_its_loss_falls(finished, name):
     before, after = (finished[name].summary["eval"][when] for when in ("before", "after"))
     assert before.keys() == after.keys() == {"loss", "exact_match"}
-    assert after["loss"] < before["loss"]
+    lines = [json.loads(line) for line in (finished[name].run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert after["loss"] == pytest.approx(measured[-1], rel=1e-5)
+    assert measured[-1] < measured[0]
 
 
 def test_a_prompt_is_not_merged(tmp_path, finished):

@@ -12,7 +12,7 @@ from peftctl.training.checkpoints import read_state
 from peftctl.tuners.fixed_factors import base_matrix, layers
 from tests.methods.architectures import tiny_of
 from tests.methods.helpers import applied, context, recipe, run_steps
-from tests.tiny import tiny_llama, tiny_opt, tiny_t5
+from tests.tiny import tiny_bert, tiny_llama, tiny_opt, tiny_t5
 from tests.training.helpers import train, trained_tensors, workload
 from tests.training.test_resume import StopAt
 
@@ -244,6 +244,27 @@ def test_new_tokens_train_beside_it(make):
     model.eval()
     logits = model(input_ids=IDS).logits
     torch.testing.assert_close(chosen.export(model)(input_ids=IDS).logits, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_a_classifiers_head_trains_beside_it(make, kind, tmp_path):
+    from peft import PeftModel
+
+    task = {"task": "seq_cls" if "Sequence" in kind else "token_cls"}
+    model_of = recipe().model.model_copy(update=task)
+    chosen, base = make(), tiny_bert(kind=kind, num_labels=3)
+    reference, expected = base(input_ids=IDS).logits, chosen.count(base)
+    model = chosen.apply(base, Context(recipe().model_copy(update={"model": model_of})))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, reference, rtol=0, atol=1e-5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01
+    logits = model(input_ids=IDS).logits
+    chosen.export(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_bert(kind=kind, num_labels=3), tmp_path).eval()
+    assert (logits - reference).abs().max() > 1e-2
+    torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=0, atol=1e-5)
 
 
 def test_every_matrix_of_the_base_is_the_frozen_rest_plus_the_trained_part(make):

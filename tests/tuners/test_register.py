@@ -1,7 +1,4 @@
-"""Our tuner types in peft's tables, and that nothing of it happens where it is not wanted."""
-
-import subprocess
-import sys
+"""Our tuner types in peft's tables. Who writes them there, and who does not: tests/methods/test_houlsby.py."""
 
 import peft
 import pytest
@@ -51,15 +48,3 @@ def test_registering_twice_changes_nothing():
     before = dict(mapping.PEFT_TYPE_TO_TUNER_MAPPING)
     register_types()
     assert before == mapping.PEFT_TYPE_TO_TUNER_MAPPING
-
-
-def test_importing_tuners_is_what_registers():
-    code = """
-import peft, peftctl
-table = peft.PEFT_TYPE_TO_TUNER_MAPPING
-print('PEFTCTL_BOTTLENECK' in table)
-import peftctl.tuners
-print('PEFTCTL_BOTTLENECK' in table)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]

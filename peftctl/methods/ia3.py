@@ -1,0 +1,127 @@
+"""(IA)^3: Few-Shot Parameter-Efficient Fine-Tuning, Liu et al. 2022 (https://arxiv.org/abs/2205.05638).
+
+    k = l_k * (W_k x + b_k),  v = l_v * (W_v x + b_v),  ffn = W_2 (l_ff * h) + b_2,   l_k, l_v: (kv,), l_ff: (f,)
+
+elementwise, where h: (batch, seq, f) is what the last layer of a feed-forward part reads. Vectors start at 1, so the
+model starts as the base; encoder, decoder and cross-attention have their own. In a gated part h is a product with the
+gate, so that scaling h is scaling its linear branch, as the paper does. All else is frozen.
+
+Which layers these are is found by structure. peft's own table has q in place of k for Qwen, Gemma, OPT, BART and Phi,
+all of a fused qkv, and BERT's attention.output.dense besides. Weight decay pulls towards 0, which erases activations:
+the vectors never get any. T-Few's two further losses, over wrong answers and over lengths, are not here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftctl.errors import UsageError
+from peftctl.methods import _heads, _targets, base
+from peftctl.methods._lora import TASK_TYPES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from peftctl.recipe.schema import TrainSection
+
+
+class Config(base.AdapterConfig):
+    """The `method:` section of (IA)^3: there is nothing to choose."""
+
+    name: Literal["ia3"] = "ia3"
+
+
+class Method(base.Method):
+    """Learned scales of keys, values and feed-forward activations."""
+
+    Config = Config
+    card = base.Card(
+        title="(IA)^3",
+        paper="Liu et al. 2022, arXiv 2205.05638",
+        category="adapter",
+        summary="Three vectors a block scale keys, values and the inner activations of the feed-forward part.",
+        trains="l_k, l_v and l_ff of every block. peft's table has q in place of k for Qwen, Gemma, OPT, BART and Phi, "
+        "and a fourth vector for BERT",
+        count="L * (2kv + f), kv for each attention of a block",
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
+        mergeable=True,
+        needs="Projections of their own for k and v: an architecture that fuses them with q is refused. The losses "
+        "that T-Few adds are not here.",
+        supports=frozenset({"gradient_checkpointing", "resume", "4bit", "8bit"}),
+    )
+
+    def count(self, model: PreTrainedModel) -> int:
+        """Return the sum of d_out over keys and values and of d_in over feed-forward ends, and a classifier's head."""
+        scaled, read = _chosen(model)
+        outputs = sum(_targets.in_out_features(module)[1] for module in scaled.values())
+        inputs = sum(_targets.in_out_features(module)[0] for module in read.values())
+        return outputs + inputs + _heads.head_parameters(model)
+
+    def notices(self, model: PreTrainedModel) -> list[str]:
+        """Return what the vectors scale."""
+        scaled, read = (sorted({name.rsplit(".", 1)[-1] for name in names}) for names in _chosen(model))
+        return [f"scaled: outputs of {', '.join(scaled)}; inputs of {', '.join(read)}"]
+
+    def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
+        """Attach the vectors."""
+        from peft import IA3Config, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        from peftctl.tuners.float32_copy import widen_copies
+
+        scaled, read = _chosen(model)
+        feedforward = _targets.suffixes(model, read)
+        config = IA3Config(
+            task_type=TASK_TYPES[context.recipe.model.task],
+            target_modules=[*_targets.suffixes(model, scaled), *feedforward],
+            feedforward_modules=feedforward,
+            fan_in_fan_out=all(isinstance(module, Conv1D) for module in scaled.values()),
+            modules_to_save=_heads.head_names(model) or None,
+        )
+        peft_model = get_peft_model(model, config)
+        widen_copies(peft_model)
+        return peft_model
+
+    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]]:
+        """Return the vectors, without weight decay, and a classifier's head as any other method has it."""
+        from peft.tuners.ia3 import IA3Layer
+
+        vectors = [p for m in model.modules() if isinstance(m, IA3Layer) for p in m.ia3_l.parameters()]
+        own = {id(p) for p in vectors}
+        head = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        groups = [
+            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in head if p.ndim > 1], "weight_decay": train.weight_decay},
+            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def export(self, model: Any) -> Any:
+        """Return the adapter, with a classifier's head in the base's type, as peft loads it."""
+        from peftctl.tuners.float32_copy import narrow_copies
+
+        narrow_copies(model)
+        return model
+
+
+def _chosen(model: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return (layers whose outputs are scaled, layers whose inputs are), by name.
+
+    Raises:
+        UsageError: The architecture has no such layers.
+    """
+    from torch import nn
+
+    from peftctl.models.anatomy import key_value_layers, sublayer_ends
+
+    linear = {n: m for n, m in _targets.adaptable_modules(model).items() if not isinstance(m, nn.Embedding)}
+    scaled = key_value_layers(model, linear)
+    try:
+        read = sublayer_ends(model, linear)["mlp"]
+    except UsageError as error:  # it speaks of a key that this section does not have
+        raise UsageError(
+            f"where the feed-forward parts of the {model.config.model_type} architecture end is not known here; "
+            "take another method, or method.name: peft with type: IA3 and its target_modules"
+        ) from error
+    return {name: linear[name] for name in scaled}, {name: linear[name] for name in read}
