@@ -73,7 +73,8 @@ def tiny_cache(tmp_path_factory):
     """A cache where a tiny model lies under the names of the demo models."""
     root = tmp_path_factory.mktemp("cache")
     for alias in ALIASES:
-        tiny.save_tiny(root / "models" / alias)
+        encoder = alias == "minilm-l6"
+        tiny.save_tiny(root / "models" / alias, tiny.tiny_bert(max_position_embeddings=512) if encoder else None)
     return root
 
 
@@ -122,7 +123,8 @@ def test_it_passes_check_and_plans_offline(path, tiny_demo_models):
 @pytest.mark.parametrize("path", TRAINABLE, ids=by_stem)
 def test_it_trains_a_few_steps_on_a_tiny_model(path, tiny_folders, tmp_path):
     shape = shape_of(path)
-    folder = tiny_folders(shape.config["model_type"] if shape else "llama")
+    encoder = peftctl.load_recipe(path).model.name_or_path == "minilm-l6"
+    folder = tiny_folders(shape.config["model_type"] if shape else "bert" if encoder else "llama")
     overrides = [f"model.name_or_path={folder}", f"train.output_dir={tmp_path / 'run'}", "eval.metrics=[loss]"]
     overrides += first_rows(path, tmp_path)
     if shape:

@@ -43,7 +43,7 @@ def fold(model: Any, dtype: torch.dtype) -> tuple[Any, Loss]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kind = model.peft_config["default"].peft_type
+    kind = str.__str__(model.peft_config["default"].peft_type)  # of an enum the value, not its name
     if model.peft_config["default"].is_prompt_learning:
         raise UsageError(f"{kind}: a prompt can't be merged: it adds tokens, not weights")
     if not hasattr(type(model.base_model), "unload"):
@@ -53,7 +53,7 @@ def fold(model: Any, dtype: torch.dtype) -> tuple[Any, Loss]:
     tally = _Tally(dtype)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            _merge_layer(module, tally, str(kind))
+            _merge_layer(module, tally, kind)
     merged = model.base_model.unload()
     if tied:
         _tie_again(merged)

@@ -41,7 +41,8 @@ def save_artifact(
     """
     target = run.model if isinstance(exported, PreTrainedModel) else run.adapter
     grown = {"vocab_size": vocabulary_rows(exported)} if info.recipe.model.add_tokens and exported is not None else {}
-    manifest = manifests.build(info.recipe, info.base_fingerprint, tokenizer.chat_template, grown, head_record(exported))
+    head, template = head_record(exported), tokenizer.chat_template
+    manifest = manifests.build(info.recipe, info.base_fingerprint, template, grown, head)
     with staged(target) as folder:
         folder.mkdir()
         if isinstance(exported, PreTrainedModel):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftctl.artifacts.load import attach, base_section, load_base
+from peftctl.artifacts.load import attach, base_section, head_of, load_base
 from peftctl.artifacts.locate import Artefact
 from peftctl.artifacts.ranks import virtual_tokens
 from peftctl.errors import ArtifactError, UsageError
@@ -144,7 +144,7 @@ def side_of(artefact: Artefact) -> Side:
         raise UsageError(f"{artefact.target}: is a template without weights; there is nothing to compare")
     if virtual_tokens(artefact.folder):
         raise UsageError(f"{artefact.target}: is a prompt: it adds tokens and changes no weight that could be compared")
-    stored = StoredWeights(base_section(artefact))
+    stored = StoredWeights(base_section(artefact), head_of(artefact))
     require_base(artefact, stored)
     model = _on_hollow_base(artefact, stored)
     if model is None:  # a part of the adapter is not in its file but made from the base

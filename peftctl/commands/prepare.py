@@ -10,8 +10,8 @@ from typing import Any
 from peftctl.backends.device import current_device, fast_dtype
 from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_start
 from peftctl.data.classes import with_labels
-from peftctl.data.dataset import Examples, encode_all, fingerprint, load_examples, overlap
 from peftctl.data.collate import Collator
+from peftctl.data.dataset import Examples, encode_all, fingerprint, load_examples, overlap
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport

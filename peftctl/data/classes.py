@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.problems import Problems, wrong
+from peftctl.errors import DataError
 from peftctl.recipe.schema import DataSection, Task
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Numbers:
             raise self.unknown(label, where)
         return found
 
-    def unknown(self, label: str | int, where: str) -> Exception:
+    def unknown(self, label: str | int, where: str) -> DataError:
         """Return the error of a label that is no class."""
         more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
         known = ", ".join(self.names[:_SHOWN]) + more

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Collator:
     """Pads rows on the right. Labels follow from rows alone, so that EOS as padding token does no harm.
 
-    Tokens and labels are padded apart: those of an encoder-decoder differ in length, and a text has one class. Its decoder needs no mask, as no
-    position looks at the padding behind it.
+    Tokens and labels are padded apart: a text has one class, and those of an encoder-decoder differ in length. Its
+    decoder needs no mask, as no position looks at the padding behind it.
 
     Args:
         tokenizer: Gives the padding token: its own, else EOS, else 0; padding is masked in any case.

@@ -33,8 +33,8 @@ class EncodedRow:
     Args:
         input_ids: Tokens, at most `data.max_length`; of a pair, what the encoder reads.
         labels: Of a sequence as many: the token itself where it is trained on, else -100. Of a pair what the decoder
-            writes, at most `data.max_length`. Not shifted. Of a text with a class that class alone; of words with classes
-            one at the first piece of each word, else -100.
+            writes, at most `data.max_length`. Not shifted. Of a text with a class that class alone; of words with
+            classes one at the first piece of each word, else -100.
         where: Place of the row it came from.
         truncated: Whether `max_length` cut off tokens that were to be trained on.
         dropped_reason: Why nothing in it can be trained on; None for a good row.

@@ -169,7 +169,6 @@ class SupervisionReport:
         if unended > 0:
             yield f"data: {unended:,} rows do not train an end token: the model may not learn to stop"
 
-
     def _class_warnings(self) -> Iterator[str]:
         if cut := self.truncated_answers + self.cut_prompts:
             yield f"data: {cut:,} rows are cut by data.max_length: raise it or shorten them"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
 from peftctl.errors import UsageError
-from peftctl.recipe.schema import EvalSection, Task
+from peftctl.recipe.schema import CLASSIFICATION, EvalSection, Task
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -63,13 +63,13 @@ def metric_names(section: EvalSection, task: Task, labels: Sequence[str | int] =
     """
     entities = has_entities(labels)
     if section.metrics is None:
-        if task not in _F1:
+        if task not in CLASSIFICATION:
             return ["loss", "perplexity", "token_accuracy"]
-        return ["loss", "accuracy", "entity_f1" if task == "token_cls" and entities else _F1[task]]
+        return ["loss", "accuracy", "entity_f1" if task == "token_cls" and entities else "macro_f1"]
     if "entity_f1" in section.metrics and not entities:
         raise UsageError(
-            f"eval.metrics: entity_f1 needs BIO tags (O, B-NAME, I-NAME), and the labels are {', '.join(map(str, labels))}; "
-            "name them in data.labels, or take macro_f1"
+            f"eval.metrics: entity_f1 needs BIO tags (O, B-NAME, I-NAME), and the labels are "
+            f"{', '.join(map(str, labels))}; name them in data.labels, or take macro_f1"
         )
     return list(section.metrics)
 
@@ -123,7 +123,6 @@ def has_entities(labels: Sequence[str | int]) -> bool:
 
 
 _MARKS = {"B", "I"}
-_F1 = {"seq_cls": "macro_f1", "token_cls": "macro_f1"}
 
 
 def _words(text: str) -> list[str]:

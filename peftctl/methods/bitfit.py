@@ -11,6 +11,7 @@ in the recipe's dtype, since bfloat16 rounds most of their updates away. The hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftctl.errors import UsageError
@@ -82,7 +83,7 @@ class Method(base.Method):
             parameter.requires_grad_(id(parameter) in wanted or ".modules_to_save." in name)
         return peft_model
 
-    def _chosen(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def _chosen(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the biases that train, by name, without the head's.
 
         Raises:

@@ -34,6 +34,7 @@ class Method(base.Method):
         count="all parameters, tied ones once",
         tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         merge_note="the result is a whole model already",
+        disable_note="there is no adapter: the weights themselves are other ones",
         supports=frozenset({"new_tokens", "gradient_checkpointing", "resume"}),
     )
 

@@ -128,7 +128,8 @@ class Method(base.Method):
             lines.append(f"target_modules: {names} (peft's choice)")
         if kind.lower() in registry.names():
             lines.append(f"{kind}: method.name: {kind.lower()} has the paper's settings")
-        said = dict.fromkeys(" ".join(str(warning.message).split()) for warning in warned)
+        own = [w for w in warned if w.category in (UserWarning, RuntimeWarning)]
+        said = dict.fromkeys(" ".join(str(warning.message).split()) for warning in own)
         return [*lines, *(f"peft: {line}" for line in said if not line.startswith(_NOISE))]
 
     def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
@@ -213,12 +214,13 @@ def _task(model: PreTrainedModel) -> str:
 
 
 def _config_class(kind: str) -> Any:
+    from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    # An enum of the library, or the text of a type that was added to it.
-    types = {str.__str__(key): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    # Without the types that peftctl adds to the mapping.
+    types = {known.value: PEFT_TYPE_TO_CONFIG_MAPPING[known] for known in PeftType}
     if kind not in types:
-        raise UsageError(f"method.type: the installed peft has no '{kind}'; {did_you_mean(kind, types)}")
+        raise UsageError(f"method.type: the installed peft has no '{kind}'; {did_you_mean(kind.upper(), types)}")
     if kind in _REFUSED:
         raise UsageError(f"method.type: {kind} can't train by its config alone: {_REFUSED[kind]}")
     return types[kind]

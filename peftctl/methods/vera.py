@@ -5,7 +5,7 @@
 One random pair A, B serves all targets, which take its first d_in columns and first d_out rows; it is frozen and drawn
 from `projection_seed`, Kaiming-uniform: U(+-sqrt(6 / max d_in)) and U(+-sqrt(6 / r)). Only the vectors train, from
 d = 0.1 and b = 0, so the model starts as the base; there is no alpha. A and B lie once in memory and once in the file:
-another version of torch may draw other numbers from a seed.
+another version of torch may draw other numbers from a seed. A classifier's head trains whole, at a rate of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftctl.errors import UsageError
-from peftctl.methods import _targets, base
+from peftctl.methods import _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
 from peftctl.recipe.schema import Count, Positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from peftctl.recipe.schema import TrainSection
 
 
 class Config(base.AdapterConfig):
@@ -38,6 +40,8 @@ class Config(base.AdapterConfig):
     """What A and B are drawn from; adapters of one model must share it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input, in training only."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of a classifier's head, which the vectors' would be too large for; left out, train.learning_rate."""
     target_modules: str | list[str] | None = None
     """Name suffixes, a regular expression, or `all-linear`, `attention`, `mlp`; left out, peft's choice for the
     architecture."""
@@ -53,15 +57,16 @@ class Method(base.Method):
         category="lora",
         summary="Two vectors a layer scale one frozen random pair A, B that all layers share: very few parameters.",
         trains="b and d of every target",
-        count="sum over targets of d_out + r",
-        tasks=("causal_lm", "seq2seq_lm"),
+        count="sum over targets of d_out + r; plus a classifier's head",
+        tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
         supports=frozenset({"gradient_checkpointing", "resume", "4bit", "8bit"}),
     )
 
     def count(self, model: PreTrainedModel) -> int:
-        """Return the sum over targets of d_out + r."""
-        return sum(_targets.in_out_features(module)[1] + self.config.r for module in self._chosen(model).values())
+        """Return the sum over targets of d_out + r, and a classifier's head."""
+        vectors = sum(_targets.in_out_features(module)[1] + self.config.r for module in self._chosen(model).values())
+        return vectors + _heads.head_parameters(model)
 
     def notices(self, model: PreTrainedModel) -> list[str]:
         """Return what the targets matched, where the recipe does not tell."""
@@ -74,6 +79,8 @@ class Method(base.Method):
         from peft import VeraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
+        from peftctl.tuners.float32_copy import widen_copies
+
         chosen, keys = self._chosen(model), self.config
         config = VeraConfig(
             task_type=TASK_TYPES[context.recipe.model.task],
@@ -84,11 +91,36 @@ class Method(base.Method):
             vera_dropout=keys.dropout,
             target_modules=_targets.suffixes(model, chosen),
             fan_in_fan_out=all(isinstance(module, Conv1D) for module in chosen.values()),
+            modules_to_save=_heads.head_names(model) or None,
         )
         with model.device if model.device.type == "meta" else nullcontext(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft finds each layer's own
             peft_model = get_peft_model(model, config)
+        widen_copies(peft_model)
         return peft_model
+
+    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]] | None:
+        """Return the vectors, which don't decay, and a classifier's head with a rate of its own."""
+        from peft.tuners.vera.layer import VeraLayer
+
+        layers = [module for module in model.modules() if isinstance(module, VeraLayer)]
+        vectors = [p for layer in layers for p in (*layer.vera_lambda_b.values(), *layer.vera_lambda_d.values())]
+        own = {id(p) for p in vectors}
+        head = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        rate = self.config.head_learning_rate or train.learning_rate
+        groups = [
+            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in head if p.ndim > 1], "weight_decay": train.weight_decay, "lr": rate},
+            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def export(self, model: Any) -> Any:
+        """Return the adapter, with a classifier's head in the base's type, as peft loads it."""
+        from peftctl.tuners.float32_copy import narrow_copies
+
+        narrow_copies(model)
+        return model
 
     def state_dict(self, model: Any) -> dict[str, Any]:
         """Return A and B: `init_from` may have brought them."""
@@ -102,7 +134,9 @@ class Method(base.Method):
     def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:
         from torch import nn
 
-        chosen = _targets.matched_modules(model, _targets.resolve_targets(model, self.config.target_modules))
+        matched = _targets.matched_modules(model, _targets.resolve_targets(model, self.config.target_modules))
+        heads = set(_heads.head_names(model))
+        chosen = {name: module for name, module in matched.items() if name.split(".")[0] not in heads}
         for name, module in chosen.items():
             if isinstance(module, nn.Embedding):
                 raise UsageError(f"method.target_modules: {name} is an embedding; vera takes linear layers only")

@@ -114,7 +114,7 @@ def load_model(
     refuse_weights(source)
     wanted = dtype or model.dtype
     weights = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    quantized = _quantized_options(source, quantization, weights, device)
+    quantized = _quantized_options(source, model, quantization, weights, device)
     kernel = attn_implementation or model.attn_implementation
     # The library's progress bar over the tensors of a .gguf file has no switch.
     hushed = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
@@ -211,6 +211,7 @@ def _refuse_gaps(source: Source, model: ModelSection, loaded: PreTrainedModel, r
 
 def _quantized_options(
     source: Source,
+    model: ModelSection,
     quantization: QuantizationSection | None,
     dtype: torch.dtype,
     device: str | torch.device | None,
@@ -224,7 +225,9 @@ def _quantized_options(
             f"quantization.bits: {source.name} is a .gguf file, which has its own quantisation; give a directory of "
             "safetensors, or remove `quantization:`"
         )
-    return {"quantization_config": library_config(quantization, dtype), "device_map": {"": device or "cpu"}}
+    # The head of a classifier is new and trains.
+    keep = head_names(meta_model(model)) if model.task in CLASSIFICATION else ()
+    return {"quantization_config": library_config(quantization, dtype, keep), "device_map": {"": device or "cpu"}}
 
 
 def _forget_quantization(loaded: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ Only the linear layers below the output head are quantised; embeddings, norms an
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-def library_config(quantization: QuantizationSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+def library_config(
+    quantization: QuantizationSection, dtype: torch.dtype, keep: Sequence[str] = ()
+) -> BitsAndBytesConfig:
     """Return the library's settings.
 
     Args:
         quantization: With `bits`.
         dtype: Of the weights that are not quantised; 4-bit ones are multiplied in it where `compute_dtype` is left out.
+        keep: Modules that are not quantised, besides the head of a language model, which the library finds itself.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -30,13 +34,14 @@ def library_config(quantization: QuantizationSection, dtype: torch.dtype) -> Bit
     # It tells of casts to float16 and back at every 8-bit product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep) or None)
     chosen = quantization.compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type or "nf4",
         bnb_4bit_use_double_quant=quantization.double_quant is not False,
         bnb_4bit_compute_dtype=getattr(torch, chosen) if chosen else dtype,
+        llm_int8_skip_modules=list(keep) or None,  # of 4 bits too, whatever its name
     )
 
 

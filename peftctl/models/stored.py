@@ -14,6 +14,7 @@ from torch import nn
 
 from peftctl.errors import ArtifactError
 from peftctl.models.aliases import resolve
+from peftctl.models.classifier import Head
 from peftctl.models.fingerprint import directory_fingerprint, weights_fingerprint
 from peftctl.models.load import load_model, meta_model
 from peftctl.recipe.schema import ModelSection
@@ -27,11 +28,13 @@ class StoredWeights:
 
     Args:
         section: The model.
+        head: What a classifier's head is made for; None takes what the configuration says.
     """
 
-    def __init__(self, section: ModelSection):
+    def __init__(self, section: ModelSection, head: Head | None = None):
         self.section = section
-        self.model = meta_model(section)
+        self.head = head
+        self.model = meta_model(section, head=head)
         named = dict(self.model.named_parameters(remove_duplicate=False))
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in named.items()}
         first: dict[int, str] = {}
@@ -77,7 +80,7 @@ class StoredWeights:
 
     @cached_property
     def _whole(self) -> nn.Module:
-        return load_model(self.section, dtype="float32")
+        return load_model(self.section, dtype="float32", head=self.head)
 
     @cached_property
     def _loaded(self) -> Mapping[str, torch.Tensor]:

@@ -95,10 +95,11 @@ class TrainedPrefix(nn.Module):
 
         For n <= m rows it has a solution without error, W + (K - rows())^T pinv(H)^T, H being what the layer reads.
         """
-        if self.transform is None:
+        network: Any = self.transform
+        if network is None:
             self.embedding.weight.copy_(rows)
             return
-        read, last = self.transform[:-1](self.embedding.weight), self.transform[-1]
+        read, last = network[:-1](self.embedding.weight), network[-1]
         change = torch.linalg.pinv(read.cpu().double()) @ (rows - self.rows()).cpu().double()
         last.weight.add_(change.T.to(last.weight))
 

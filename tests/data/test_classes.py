@@ -74,7 +74,7 @@ def test_whole_numbers_count_into_given_names():
 
 @pytest.mark.parametrize("labels", [["book", "book"], [1, "1"]])
 def test_one_single_label_is_an_error(labels):
-    with pytest.raises(DataError, match="at least two classes, but all have '(book|1)'"):
+    with pytest.raises(DataError, match=r"at least two classes, but all have '(book|1)'"):
         with_labels(section(), texts(*labels), [])
 
 
@@ -115,7 +115,7 @@ def test_another_tasks_format_is_an_error(task, fmt):
 
 
 def test_without_labels_there_is_nothing_to_encode_to():
-    with pytest.raises(DataError, match="data.labels"):
+    with pytest.raises(DataError, match=r"data\.labels"):
         encoder_of("seq_cls", tiny_tokenizer(), section())
 
 

@@ -77,8 +77,8 @@ def test_entities_of_every_short_sentence():
 
 
 def test_entity_f1_counts_whole_entities():
-    expected = ["B-X I-X O B-Y".split(), "B-X O".split(), ["O"]]
-    predicted = ["B-X I-X O B-X".split(), "B-X I-X".split(), ["O"]]
+    expected = [["B-X", "I-X", "O", "B-Y"], ["B-X", "O"], ["O"]]
+    predicted = [["B-X", "I-X", "O", "B-X"], ["B-X", "I-X"], ["O"]]
     # One of three is right (type wrong, then too long), three were found.
     assert entity_f1(expected, predicted) == pytest.approx(2 * 1 / (3 + 3))
     assert entity_f1(expected, expected) == 1.0
@@ -106,7 +106,7 @@ def test_the_usual_metrics_fit_task_and_labels():
 
 
 def test_entity_f1_of_other_labels_is_refused():
-    with pytest.raises(UsageError, match="entity_f1 needs BIO tags.*NOUN, VERB"):
+    with pytest.raises(UsageError, match=r"entity_f1 needs BIO tags.*NOUN, VERB"):
         metric_names(EvalSection(metrics=["entity_f1"]), "token_cls", ["NOUN", "VERB"])
 
 

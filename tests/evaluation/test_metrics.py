@@ -3,7 +3,7 @@
 import pytest
 
 from peftctl.evaluation.metrics import METRICS, contains, exact_match, regex, rouge_l
-from peftctl.recipe.schema import EvalSection, Metric
+from peftctl.recipe.schema import Metric
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,10 @@ RENAMED: dict[str, dict[str, str]] = {
 """What other architectures call the projections that recipes, which are for Llama-like models, name."""
 RENAMED["tagger"] = RENAMED["bert"]
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # A square A: (r, d_in) is nearly singular, and the inverse of A A^T would make differences of rounding large.
+    "lora_fa": {"r": 8, "alpha": 8},
+}
 """Method -> keys of its section that a model of width 32 can't have as the recipe sets them, each with its reason."""
 
 REFUSED: dict[tuple[str, str], str] = {

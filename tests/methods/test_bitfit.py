@@ -47,7 +47,7 @@ def bert_base():
 
 
 def test_the_counts_are_the_authors():
-    """BERT-base: 102,912 biases of 109,482,240 parameters, 46,080 of them in queries and first layers; the head on top."""
+    """BERT-base: 102,912 biases of 109,482,240 parameters; 46,080 in queries and first layers; the head on top."""
     model = bert_base()
     head = sum(p.numel() for p in model.classifier.parameters())
     assert sum(p.numel() for p in model.bert.parameters()) == 109_482_240
@@ -145,7 +145,7 @@ def test_an_encoder_decoder_with_biases_trains_them_in_both_halves():
 def test_an_architecture_without_biases_is_refused(make):
     """T5's relative_attention_bias is a table, not a bias."""
     model = make()
-    with pytest.raises(UsageError, match="bitfit trains biases, and the (llama|t5) architecture has none; take lora"):
+    with pytest.raises(UsageError, match=r"bitfit trains biases, and the (llama|t5) architecture has none; take lora"):
         Method(Config()).count(model)
     with pytest.raises(UsageError, match="has none"):
         applied(Method(Config()), model)
@@ -167,7 +167,7 @@ def test_fused_queries_are_refused_for_the_subset():
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=99, **sizes))
-    with pytest.raises(UsageError, match="method.biases: no query"):
+    with pytest.raises(UsageError, match=r"method.biases: no query"):
         Method(Config(biases="query_and_mlp")).count(model)
 
 

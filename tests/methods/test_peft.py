@@ -1,4 +1,4 @@
-"""The generic method: every type of the installed peft trains, is saved, reloads and merges, or is listed with a reason."""
+"""Every type of the installed peft trains, is saved, reloads and merges, or is listed with a reason."""
 
 import warnings
 from importlib.util import find_spec
@@ -23,6 +23,9 @@ from tests.methods.helpers import context, recipe, run_steps
 from tests.tiny import save_tiny, tiny_bert, tiny_llama, tiny_opt, tiny_t5, tiny_tokenizer
 from tests.training.helpers import train, trained_tensors, workload
 from tests.training.test_resume import StopAt
+
+# torch says it of FROD's own sparse tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 ROWS = [list(range(5, 17)), list(range(40, 60))]
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -54,8 +57,10 @@ CONFIGS = {
     "WAVEFT": {"n_frequency": 20},
 }
 """Settings that fit a model of width 32. Types that are not here train with r 4, or none, on LINEAR."""
-WHOLE = {*"ADAPTION_PROMPT BEFT CARTRIDGE CPT LN_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING SHADOW".split(),
-         "TRAINABLE_TOKENS"}  # fmt: skip
+WHOLE = {
+    "ADAPTION_PROMPT", "BEFT", "CARTRIDGE", "CPT", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW",
+    "TRAINABLE_TOKENS",
+}  # fmt: skip
 """Types with targets of their own."""
 
 CANNOT_TRAIN = {
@@ -90,6 +95,14 @@ TYPES = [str.__str__(kind) for kind in PeftType]
 TRAINED = [kind for kind in TYPES if kind not in CANNOT_TRAIN]
 
 
+def llama(dtype="float32"):
+    """Return the first two blocks of the tiny Llama."""
+    model = tiny_llama(dtype=dtype)
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    return model
+
+
 def keys_of(kind):
     """Return minimal settings of a type."""
     return CONFIGS.get(kind, {"r": 4}) | ({} if kind in WHOLE else {"target_modules": LINEAR})
@@ -102,7 +115,7 @@ def method(kind, **keys):
 def reloaded(folder, dtype="float32"):
     """Return an adapter on a new base, as plain peft loads it."""
     with warnings.catch_warnings(action="ignore"):
-        return PeftModel.from_pretrained(tiny_llama(dtype=dtype), folder)
+        return PeftModel.from_pretrained(llama(dtype=dtype), folder)
 
 
 def probe(model):
@@ -112,7 +125,7 @@ def probe(model):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base"))
+    return save_tiny(tmp_path_factory.mktemp("base"), llama())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +138,7 @@ def trained(tmp_path_factory):
             chosen = method(kind)
             work = workload(tmp_path_factory.mktemp(kind), chosen, max_steps=3)
             torch.manual_seed(0)
-            model = chosen.apply(tiny_llama(), Context(work.recipe))
+            model = chosen.apply(llama(), Context(work.recipe))
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
             run_stages(work, model, None)
             exported = chosen.export(model).eval()
@@ -145,7 +158,7 @@ def test_every_type_of_the_installed_peft_is_tested_or_listed():
 @pytest.mark.parametrize("kind", CANNOT_TRAIN)
 def test_types_that_cannot_train_by_their_config_alone_are_refused(kind):
     chosen = Method(Config(type=kind, config={"r": 4, "target_modules": LINEAR} if kind == "ADAMSS" else {}))
-    for call in (lambda: chosen.count(tiny_llama()), lambda: chosen.apply(tiny_llama(), context())):
+    for call in (lambda: chosen.count(llama()), lambda: chosen.apply(llama(), context())):
         with pytest.raises(UsageError, match=CANNOT_TRAIN[kind]):
             call()
 
@@ -156,7 +169,7 @@ def test_what_trains_is_counted_without_values_and_only_that_moves(kind, trained
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     total = sum(before[name].numel() for name in trains)
     shapes = meta_model(ModelSection(name_or_path=str(base), dtype="float32"))
-    assert method(kind).count(shapes) == method(kind).count(tiny_llama()) == total > 0
+    assert method(kind).count(shapes) == method(kind).count(llama()) == total > 0
     applied = method(kind).apply(shapes, context())
     assert {p.device.type for p in applied.parameters()} == {"meta"}
     assert {n: p.numel() for n, p in applied.named_parameters() if p.requires_grad} == {
@@ -164,14 +177,14 @@ def test_what_trains_is_counted_without_values_and_only_that_moves(kind, trained
     }
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     # What the last block tells the small network is for a next block, and there is none.
-    idle = {name for name in trains if kind == "SHADOW" and ".3.shadow_update" in name}
+    idle = {name for name in trains if kind == "SHADOW" and ".1.shadow_update" in name}
     assert moved == trains - idle
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_it_starts_and_when_disabled_ends_as_the_base(kind, trained):
     torch.manual_seed(0)
-    start, reference = probe(method(kind).apply(tiny_llama(), context())), probe(tiny_llama())
+    start, reference = probe(method(kind).apply(llama(), context())), probe(llama())
     far = start.shape != reference.shape or (start - reference).abs().max() > 1e-4
     assert far == (kind in STARTS_ELSEWHERE)
     model, _, _, logits = trained(kind)
@@ -197,7 +210,7 @@ def test_what_is_saved_loads_in_plain_peft_and_merges_where_it_can(kind, trained
 def gradients(kind, recompute):
     torch.manual_seed(0)
     wanted = recipe(gradient_checkpointing=recompute)
-    model = method(kind).apply(tiny_llama(), Context(wanted)).train()
+    model = method(kind).apply(llama(), Context(wanted)).train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -225,10 +238,10 @@ def test_on_a_half_type_base_float32_trains_or_the_type_is_refused(kind, tmp_pat
     chosen = method(kind)
     if kind in NOT_IN_HALF_TYPES:
         with pytest.raises(UsageError, match=r"^model\.dtype: .* bfloat16 rounds small updates away; set float32$"):
-            chosen.apply(tiny_llama(dtype="bfloat16"), context())
+            chosen.apply(llama(dtype="bfloat16"), context())
         return
     torch.manual_seed(0)
-    model = chosen.apply(tiny_llama(dtype="bfloat16"), context())
+    model = chosen.apply(llama(dtype="bfloat16"), context())
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     run_steps(model, 1)
     chosen.export(model).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -241,12 +254,12 @@ def test_on_a_half_type_base_float32_trains_or_the_type_is_refused(kind, tmp_pat
 @pytest.mark.parametrize("kind", ["CARTRIDGE", "PVERA", "P_TUNING", "SHADOW", "SHIRA", "VBLORA", "VERA"])
 def test_stopped_and_resumed_equals_straight_also_where_frozen_tensors_were_drawn(kind, tmp_path):
     """The resumed process draws others first: the seed alone must not be what makes them equal."""
-    straight, _ = train(workload(tmp_path / "straight", method(kind), max_steps=4))
+    straight, _ = train(workload(tmp_path / "straight", method(kind), max_steps=4), model=llama())
     with pytest.raises(Interrupted):
-        train(workload(tmp_path / "stopped", method(kind), max_steps=4, reporter=StopAt(2)))
+        train(workload(tmp_path / "stopped", method(kind), max_steps=4, reporter=StopAt(2)), model=llama())
     work = workload(tmp_path / "stopped", method(kind), max_steps=4)
     torch.manual_seed(99)
-    model = work.method.apply(tiny_llama(), Context(work.recipe))
+    model = work.method.apply(llama(), Context(work.recipe))
     run_stages(work, model, work.run.latest_checkpoint())
     expected = trained_tensors(straight)
     assert expected.keys() == trained_tensors(model).keys()
@@ -265,34 +278,35 @@ def test_biases_merge_where_there_are_some():
 
 def test_the_small_network_of_shadow_has_its_loss():
     chosen = method("SHADOW", auxiliary_loss_weight=0.25)
-    model = chosen.apply(tiny_llama(), context())
+    model = chosen.apply(llama(), context())
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
     parts = chosen.loss(model, batch, lambda rows: supervised_forward(model, rows))
     model(**batch)
     torch.testing.assert_close(parts["shadow"], 0.25 * model.base_model.last_shadow_loss)
     off = method("SHADOW", auxiliary_loss_weight=0.0)
-    assert off.loss(
-        model := off.apply(tiny_llama(), context()), batch, lambda rows: supervised_forward(model, rows)
-    ).keys() == {"loss"}
+    model = off.apply(llama(), context())
+    assert off.loss(model, batch, lambda rows: supervised_forward(model, rows)).keys() == {"loss"}
 
 
 # -- bases and tasks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_on_a_quantised_base_it_starts_alike_and_trains_or_is_refused(kind, base):
+def test_over_a_quantised_base_it_trains_and_leaves_that_alone_or_is_refused(kind, base):
     wanted = recipe().model_copy(update={"quantization": QuantizationSection(bits=4)})
     if kind not in QUANTISED:
         with pytest.raises(UsageError, match=rf"^quantization\.bits: peft has no {kind} for a base of 4 bits"):
-            method(kind).apply(tiny_llama(), Context(wanted))
+            method(kind).apply(llama(), Context(wanted))
         return
     section = ModelSection(name_or_path=str(base), dtype="float32")
     quantised = load_model(section, device="cpu", quantization=wanted.quantization)
     weights = {name: p.detach().clone() for name, p in quantised.named_parameters()}
-    assert method(kind).count(quantised) == method(kind).count(tiny_llama())
+    assert method(kind).count(quantised) == method(kind).count(llama())
     model = method(kind).apply(quantised, Context(wanted))
-    losses = run_steps(model, 3)
-    assert losses[-1] < losses[0]
+    before = trained_tensors(model)
+    run_steps(model, 3)
+    idle = [name for name, tensor in trained_tensors(model).items() if torch.equal(tensor, before[name])]
+    assert not idle
     plain = {
         n.removeprefix("base_model.").removeprefix("model.").replace("base_layer.", ""): p
         for n, p in model.named_parameters()
@@ -307,9 +321,12 @@ def for_task(task):
 
 
 @pytest.mark.parametrize("task", ["seq_cls", "token_cls"])
-def test_a_classifiers_head_trains_in_float32_and_is_counted(task, tmp_path):
+def test_a_classifiers_head_trains_in_float32_and_is_counted(task):
     names = {"seq_cls": "BertForSequenceClassification", "token_cls": "BertForTokenClassification"}
-    make = lambda: tiny_bert(kind=names[task], num_labels=3).bfloat16()
+
+    def make():
+        return tiny_bert(kind=names[task], num_labels=3).bfloat16()
+
     chosen = Method(Config(type="HIRA", config={"r": 4, "target_modules": "all-linear"}))
     model = chosen.apply(make(), for_task(task))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -344,22 +361,22 @@ def test_encoder_decoders_train_too():
         ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         (["mlp", "q_proj"], {"q_proj", "gate_proj", "up_proj", "down_proj"}),
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        (r"model\.layers\.[01]\.mlp\.up_proj", {"up_proj"}),
+        (r"model\.layers\.[1]\.mlp\.up_proj", {"up_proj"}),
     ],
 )
 def test_words_names_and_expressions_select_targets(targets, expected):
-    model = method("HIRA", target_modules=targets).apply(tiny_llama(), context())
+    model = method("HIRA", target_modules=targets).apply(llama(), context())
     names = {name.split(".hira_A")[0] for name, p in model.named_parameters() if ".hira_A" in name}
     assert {name.rsplit(".", 1)[-1] for name in names} == expected
-    assert len(names) == (2 if expected == {"up_proj"} else 4 * len(expected))
+    assert len(names) == (1 if expected == {"up_proj"} else 2 * len(expected))
 
 
 def test_targets_left_out_are_pefts_and_notices_say_so():
-    assert Method(Config(type="HIRA")).notices(tiny_llama()) == ["target_modules: q_proj, v_proj (peft's choice)"]
-    assert method("HIRA").notices(tiny_llama()) == []
-    assert method("IA3").notices(tiny_llama()) == ["IA3: method.name: ia3 has the paper's settings"]
-    assert any("cannot merge the BEFT adapter" in line for line in method("BEFT").notices(tiny_llama()))
-    assert any("decomposes the base again" in line for line in method("PSOFT").notices(tiny_llama()))
+    assert Method(Config(type="HIRA")).notices(llama()) == ["target_modules: q_proj, v_proj (peft's choice)"]
+    assert method("HIRA").notices(llama()) == []
+    assert method("IA3").notices(llama()) == ["IA3: method.name: ia3 has the paper's settings"]
+    assert any("cannot merge the BEFT adapter" in line for line in method("BEFT").notices(llama()))
+    assert any("decomposes the base again" in line for line in method("PSOFT").notices(llama()))
 
 
 def test_psoft_needs_the_signs_that_its_machine_found(trained):
@@ -381,29 +398,29 @@ def test_psoft_needs_the_signs_that_its_machine_found(trained):
     [
         ("HIRRA", {}, r"^method\.type: the installed peft has no 'HIRRA'; did you mean 'HIRA'\?$"),
         ("hira", {}, r"^method\.type: the installed peft has no 'hira'; did you mean 'HIRA'\?$"),
-        ("HIRA", {"rnak": 4}, r"^method\.config\.rnak: not a setting of HIRA; did you mean 'r"),
+        ("HIRA", {"rnak": 4}, r"^method\.config\.rnak: not a setting of HIRA; known: "),
         ("HIRA", {"hira_dropot": 0.1}, r"not a setting of HIRA; did you mean 'hira_dropout'\?$"),
         ("HIRA", {"peft_type": "HIRA"}, r"^method\.config\.peft_type: follows from the rest of the recipe; remove it$"),
         ("HIRA", {"task_type": "CAUSAL_LM"}, r"^method\.config\.task_type: follows"),
         ("HIRA", {"inference_mode": True}, r"^method\.config\.inference_mode: follows"),
         ("HIRA", {"base_model_name_or_path": "x"}, r"^method\.config\.base_model_name_or_path: follows"),
-        ("HIRA", {"r": -1}, r"^method\.config: HIRA: `r` should be a positive integer value but the value passed is -1"),
+        ("HIRA", {"r": -1}, r"^method\.config: HIRA: `r` should be a positive integer value but"),
         ("HIRA", {"r": "eight"}, r"^method\.config: HIRA: "),
-        ("HIRA", {"target_modules": ["q_porj"]}, r"^method\.config\.target_modules: 'q_porj' .*; did you mean 'q_proj'\?$"),
-        ("HIRA", {"target_modules": r".*\.qkv"}, r"^method\.config: HIRA: Target modules .* not found in the base model"),
+        ("HIRA", {"target_modules": ["q_porj"]}, r"^method\.config\.target_modules: 'q_porj' .* mean 'q_proj'\?$"),
+        ("HIRA", {"target_modules": r".*\.qkv"}, r"^method\.config: HIRA: Target modules .* not found"),
         ("PROMPT_TUNING", {}, r"^method\.config\.num_virtual_tokens: PROMPT_TUNING needs it"),
         ("PROMPT_TUNING", PROMPT | {"prompt_tuning_init_text": "a"}, r"take method\.name: prompt_tuning"),
         ("LORA", {"init_lora_weights": "pissa"}, r"^method\.config\.init_lora_weights: pissa: it changes the base"),
         ("LORA", {"init_lora_weights": "olora"}, r"methods pissa, olora and lora do without$"),
         ("LORA", {"init_lora_weights": "eva"}, r"looks at data"),
         ("LORA", {"kasa_config": {"beta": 0.1}}, r"^method\.config\.kasa_config: it changes the base"),
-        ("LORA", {"layer_replication": [[0, 4], [2, 4]]}, r"^method\.config\.layer_replication: it makes another base"),
+        ("LORA", {"layer_replication": [[0, 2], [1, 2]]}, r"^method\.config\.layer_replication: it makes another base"),
         ("CPT", {"opt_weighted_loss_type": "decay"}, r"^method\.config\.opt_weighted_loss_type: it is a loss"),
-        ("ADAMSS", {"use_asa": True}, r"^method\.config\.use_asa: its schedule belongs to the training loop; remove it$"),
+        ("ADAMSS", {"use_asa": True}, r"^method\.config\.use_asa: its schedule belongs to the training loop; remove"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(kind, keys, message):
     for call in (Method(Config(type=kind, config=keys)).count, Method(Config(type=kind, config=keys)).notices):
         with pytest.raises(UsageError, match=message) as caught:
-            call(tiny_llama())
+            call(llama())
         assert "\n" not in str(caught.value)

@@ -176,8 +176,8 @@ def test_classification_is_not_claimed(task):
 # -- going on from a finished prompt -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("earlier", ["prompt_tuning", "p_tuning", "multitask_prompt_tuning"])
-def test_training_goes_on_from_the_prompt_of_any_of_these_methods(tmp_path, earlier):
+@pytest.mark.parametrize("earlier", ["prompt_tuning", "p_tuning"])
+def test_training_goes_on_from_a_finished_prompt(tmp_path, earlier):
     base = save_tiny(tmp_path / "base")
     keys = {"num_virtual_tokens": 4}
     first = peftctl.train(peftctl.load_recipe(write_recipe(tmp_path, base, {"name": earlier, **keys})))

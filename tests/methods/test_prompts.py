@@ -108,9 +108,8 @@ def test_a_quantised_base_trains_prompts_and_keeps_every_byte(base, kind, bits):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_on_nf4_is_read_back_on_nf4(tmp_path, base, name):
-    recipe = write_recipe(tmp_path, base, {"name": name, "num_virtual_tokens": 4}, quantization={"bits": 4})
+def test_a_run_on_nf4_is_read_back_on_nf4(tmp_path, base):
+    recipe = write_recipe(tmp_path, base, {"name": "p_tuning", "num_virtual_tokens": 4}, quantization={"bits": 4})
     result = peftctl.train(peftctl.load_recipe(recipe, ["train.max_steps=3", "train.gradient_checkpointing=true"]))
     assert result.summary["steps"] == 3
 
@@ -193,11 +192,10 @@ def test_generation_is_step_by_step_greedy_and_the_same_alone_as_in_a_batch(kind
         assert ids[len(prompt) :] == answer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_planned_by_running_the_step(tmp_path, base, kind):
-    name, keys = kind.split("-")[0], KINDS[kind][1]
-    small = check(peftctl.load_recipe(write_recipe(tmp_path, base, {"name": name, **keys})), device="cuda")
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_planned_by_running_the_step(tmp_path, base, name):
+    small = check(peftctl.load_recipe(write_recipe(tmp_path, base, {"name": name})), device="cuda")
     assert small.plan.traced
-    longer = {"name": name, **keys, "num_virtual_tokens": 200}
+    longer = {"name": name, "num_virtual_tokens": 200}
     large = check(peftctl.load_recipe(write_recipe(tmp_path, base, longer)), device="cuda")
     assert large.plan.activations > 1.5 * small.plan.activations

@@ -10,12 +10,15 @@ from safetensors.torch import load_file
 
 import peftctl
 from peftctl.errors import Interrupted, UsageError
+from peftctl.methods.base import Context
 from peftctl.methods.vera import Config, Method
+from peftctl.recipe.schema import ModelSection
+from peftctl.training.optimizers import check_partition
 from tests.commands.helpers import write_recipe
 from tests.methods import lora_family as family
 from tests.methods.architectures import tiny_of
-from tests.methods.helpers import applied, context, run_steps
-from tests.tiny import tiny_llama, tiny_opt
+from tests.methods.helpers import applied, context, recipe, run_steps
+from tests.tiny import tiny_bert, tiny_llama, tiny_opt
 from tests.training.helpers import train, workload
 from tests.training.test_resume import StopAt
 
@@ -132,6 +135,26 @@ def test_encoder_decoders():
     family.check_encoder_decoder(Method(Config(r=16)))
 
 
+@pytest.mark.parametrize(
+    ("task", "kind"), [("seq_cls", "BertForSequenceClassification"), ("token_cls", "BertForTokenClassification")]
+)
+def test_a_classifiers_head_trains_beside_the_vectors_at_its_own_rate(task, kind):
+    """Biases and vectors don't decay; the head is no target."""
+    method = Method(Config(head_learning_rate=1e-4, **ALL))
+    settings = recipe().model_copy(update={"model": ModelSection(name_or_path="tiny", task=task)})
+    model = method.apply(tiny_bert(kind=kind, num_labels=3), Context(settings))
+    assert family.trainable_count(model) == method.count(tiny_bert(kind=kind, num_labels=3))
+    assert not any("classifier" in name for name in layers(model))
+    groups = method.param_groups(model, recipe(learning_rate=1e-2, weight_decay=0.1).train)
+    check_partition(model, groups)
+    vectors, matrix, bias = groups
+    assert "lr" not in vectors and vectors["weight_decay"] == 0.0 and len(vectors["params"]) == 2 * len(layers(model))
+    assert [tuple(p.shape) for p in matrix["params"] + bias["params"]] == [(3, 32), (3,)]
+    assert (matrix["lr"], matrix["weight_decay"], bias["lr"], bias["weight_decay"]) == (1e-4, 0.1, 1e-4, 0.0)
+    plain = Method(Config(**ALL)).param_groups(model, recipe(learning_rate=1e-2).train)
+    assert [group["lr"] for group in plain[1:]] == [1e-2, 1e-2]
+
+
 @pytest.mark.parametrize("kind", family.KINDS)
 def test_over_a_quantised_base(tiny_dir, kind):
     method = Method(Config(**QV))
@@ -212,14 +235,14 @@ def test_a_bfloat16_base_reads_it_back_exactly(tmp_path):
 def test_training_goes_on_from_a_finished_run_of_the_same_seed_only(tmp_path, tiny_dir):
     method = {"name": "vera", "r": 6, "target_modules": ["q_proj", "v_proj"], "projection_seed": 5}
 
-    def recipe(folder, **changes):
+    def section(folder, **changes):
         (tmp_path / folder).mkdir()
         return peftctl.load_recipe(write_recipe(tmp_path / folder, tiny_dir, method | changes))
 
-    first = peftctl.train(recipe("first"))
-    second = peftctl.train(recipe("second", init_from=str(first.run), dropout=0.1))
+    first = peftctl.train(section("first"))
+    second = peftctl.train(section("second", init_from=str(first.run), dropout=0.1))
     before, after = (load_file(result.artefact / "adapter_model.safetensors") for result in (first, second))
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) == ("vera_lambda_" not in name), name
     with pytest.raises(UsageError, match=r"has projection_prng_key 5, this recipe has 0; they must be equal"):
-        peftctl.train(recipe("third", init_from=str(first.run), projection_seed=0))
+        peftctl.train(section("third", init_from=str(first.run), projection_seed=0))
