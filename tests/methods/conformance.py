@@ -35,7 +35,7 @@ from peftctl.data.collate import Collator
 from peftctl.data.formats import Example, Message
 from peftctl.errors import Interrupted
 from peftctl.methods import registry
-from peftctl.methods.base import Context, Method
+from peftctl.methods.base import Card, Context, Method
 from peftctl.models.load import load_model, meta_model
 from peftctl.recipe.schema import ModelSection, QuantizationSection, Recipe
 from peftctl.recipe.write import dump_recipe
@@ -295,7 +295,7 @@ class Case:
         own_names = {id(p): n for n, (p, _) in own.items()}
         training = {own_names[id(p)] for p in model.parameters() if p.requires_grad and id(p) in own_names}
         model.eval()
-        off = disabled_logits(model)
+        off = disabled_logits(model, self.card)
         if method.autocast:
             cast_weights(model, torch.float32)
         exported = method.export(model)
@@ -316,7 +316,7 @@ class Case:
         if isinstance(exported, PeftModel):
             keys = set(get_peft_model_state_dict(exported, save_embedding_layers=False))
         logits = probe_logits(model if exported is None else exported, PROBE)
-        off = disabled_logits(exported)
+        off = disabled_logits(exported, self.card)
         info = ArtifactInfo(self.name, self.card, self.recipe, self.bench.fingerprint(self.model))
         return Saved(save.save_artifact(exported, self.tokenizer, run, info), keys, logits, off)
 
@@ -334,14 +334,16 @@ def everything(model: Any) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def disabled_logits(model: Any) -> torch.Tensor | None:
-    """Return the logits of a PeftModel whose adapter is switched off; None where there is nothing to switch off."""
+def disabled_logits(model: Any, card: Card) -> torch.Tensor | None:
+    """Return the logits of a PeftModel whose adapter is switched off; None where it can't be, as the card may say."""
     if not isinstance(model, PeftModel):
         return None
     try:
         with model.disable_adapter():
             return probe_logits(model, PROBE)
-    except (ValueError, RuntimeError, TypeError):  # the card must say so
+    except Exception:
+        if not card.disable_note:
+            raise
         return None
 
 

@@ -12,7 +12,7 @@ from tests.commands.helpers import REPOSITORY
 
 WORKER = REPOSITORY / "tests" / "training" / "two_processes.py"
 ZERO2 = REPOSITORY / "configs" / "deepspeed" / "zero2.json"
-KINDS = ("lora", "two_stages")
+KINDS = ("lora", "two_stages", "fishmask")
 
 
 def launched(folder, name, processes, config=None):

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from peftctl.methods.base import Context, Stage
+from peftctl.methods.fishmask import Config as FishMaskConfig
+from peftctl.methods.fishmask import Method as FishMask
 from peftctl.methods.lora import Config, Method
 from peftctl.recipe.schema import BackendSection
 from peftctl.training import stages
@@ -39,7 +41,11 @@ def two_stages():
     return TwoStages(Config(r=4, target_modules="all-linear"))
 
 
-METHODS = {"lora": lora, "two_stages": two_stages}
+def fishmask():
+    return FishMask(FishMaskConfig(keep=0.05, rows=8))
+
+
+METHODS = {"lora": lora, "two_stages": two_stages, "fishmask": fishmask}
 
 
 def main(name, out, config=None):
@@ -61,8 +67,8 @@ def main(name, out, config=None):
     MethodTrainer.train = watched
     torch.manual_seed(0)
     model = work.method.apply(tiny_llama(), Context(work.recipe))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     work.method.calibrate(model, (work.collate([row]) for row in work.train_rows))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     totals = stages.run_stages(work, model, None)
     if rank == 0:
         after = {name: p.detach() for name, p in model.named_parameters()}
