@@ -6,8 +6,8 @@ Of each method: four short runs on a grid of learning rates (a third, one, three
 seeds at the best of them. Measured are the held-out loss on 200 rows, teacher-forced, and exact match (or accuracy) of
 64 answers, before and after; the share that trains, the peak memory, the tokens a second and the size of the result.
 
-A row is kept under runs/method_table/ by a hash of the recipe, its data and the method's code, so an interrupted table
-goes on, and only what has changed is run again. `--write` puts the finished rows between the markers in README.md.
+A row is kept in scripts/method_table/ with a hash of the recipe, its data and the method's code, so an interrupted
+table goes on, and only what has changed is run again. `--write` puts the rows that are there into README.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "runs" / "method_table"
+ROWS = ROOT / "scripts" / "method_table"
+RUNS = ROOT / "runs" / "method_table"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- method table: begin -->", "<!-- method table: end -->"
 GRID = (1 / 3, 1.0, 3.0, 10.0)
@@ -42,12 +43,12 @@ def main() -> None:
     from peftctl.methods import registry
 
     names = options.names or list(registry.names())
-    missing = [name for name in names if not file_of(name, options).is_file()]
+    missing = [name for name in names if not up_to_date(name, options)]
     if not options.write:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda name: run_worker(name, options), missing))
-    rows = {name: json.loads(file_of(name, options).read_text()) for name in names if file_of(name, options).is_file()}
-    table = render(rows, options)
+    rows = {name: read(name) for name in names if (ROWS / f"{name}.json").is_file()}
+    table = render(rows)
     print(table)
     if options.write:
         write(table)
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 def run_worker(name: str, options: argparse.Namespace) -> None:
     """Measure one method in a process of its own, and keep its row."""
-    file = file_of(name, options)  # of the code as it is before the run
+    digest = digest_of(name, options)  # of the code as it is before the run
     began = time.monotonic()
     command = [sys.executable, __file__, "--worker", name, "--tokens", str(options.tokens)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT)}
@@ -74,20 +75,30 @@ def run_worker(name: str, options: argparse.Namespace) -> None:
     if done.returncode:
         print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(done.stdout.splitlines()[-1])
-    print(f"{name}: {(time.monotonic() - began) / 60:.1f} min {done.stdout.splitlines()[-1]}", flush=True)
+    row = {"made_of": digest, **json.loads(done.stdout.splitlines()[-1])}
+    ROWS.mkdir(exist_ok=True)
+    (ROWS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    print(f"{name}: {(time.monotonic() - began) / 60:.1f} min {row}", flush=True)
 
 
 # -- what a row depends on -------------------------------------------------------------------------------------------
 
 
-def file_of(name: str, options: argparse.Namespace) -> Path:
+def read(name: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads((ROWS / f"{name}.json").read_text())
+    return row
+
+
+def up_to_date(name: str, options: argparse.Namespace) -> bool:
+    return (ROWS / f"{name}.json").is_file() and read(name)["made_of"] == digest_of(name, options)
+
+
+def digest_of(name: str, options: argparse.Namespace) -> str:
     digest = hashlib.sha256(f"{options.tokens} {options.threads} {GRID} {BATCH_SIZE}".encode())
     recipe = ROOT / "recipes" / f"{name}.yaml"
     for file in [recipe, *data_files(recipe), *sorted(modules_of(ROOT / "peftctl" / "methods" / f"{name}.py"))]:
         digest.update(file.read_bytes())
-    return CACHE / f"{name}-{digest.hexdigest()[:12]}.json"
+    return digest.hexdigest()[:16]
 
 
 def data_files(recipe: Path) -> list[Path]:
@@ -145,7 +156,7 @@ def trained(
     """Train a recipe and measure the result; return (summary.json, figures)."""
     import peftctl
 
-    out = CACHE / "runs" / name
+    out = RUNS / name
     overrides = [f"train.output_dir={out}", "data.eval=null"]
     if rate is not None:
         overrides += [f"train.learning_rate={rate}", f"train.max_steps={steps}", f"train.batch_size={BATCH_SIZE}"]
@@ -158,7 +169,7 @@ def evaluated(target: str, recipe: Any, metrics: list[str], rows: int) -> dict[s
     """Measure a run, or the base alone, on the first held-out rows of a recipe."""
     import peftctl
 
-    some = CACHE / f"{Path(recipe.data.eval).stem}-{rows}.jsonl"
+    some = RUNS / f"{Path(recipe.data.eval).stem}-{rows}.jsonl"
     some.parent.mkdir(parents=True, exist_ok=True)
     lines = Path(recipe.data.eval).read_text(encoding="utf-8").splitlines(keepends=True)
     some.write_text("".join(lines[:rows]), encoding="utf-8")
@@ -172,7 +183,7 @@ def base_figures(recipe: Any, metric: str) -> dict[str, float]:
     """Measure the base once for all methods; a classifier without its head has nothing to measure."""
     if metric == "accuracy":
         return {}
-    file = CACHE / f"base-{hashlib.sha256(Path(recipe.data.eval).read_bytes()).hexdigest()[:12]}.json"
+    file = RUNS / f"base-{hashlib.sha256(Path(recipe.data.eval).read_bytes()).hexdigest()[:12]}.json"
     if not file.is_file():
         figures = evaluated(recipe.model.name_or_path, recipe, ["loss", metric], EVAL_ROWS)
         aside = file.with_suffix(f".{os.getpid()}")
@@ -220,7 +231,7 @@ def row(
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def render(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
+def render(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown, best held-out loss first; classifiers below the language models."""
     head = (
         "| method | loss after (spread of 3 seeds) | {} | learning rate | trains | peak memory | tokens/s | result |\n"

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 from peftctl.commands import recipes
+from peftctl.commands.prepare import prepare
 from peftctl.methods import registry
 from peftctl.models.aliases import is_fetched
 from peftctl.models.load import meta_model
-from peftctl.recipe.schema import ModelSection, Recipe, Task
+from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe, Task
 
 
 def describe_all() -> list[dict[str, Any]]:
@@ -62,6 +63,8 @@ def _shipped_count(name: str) -> dict[str, Any]:
 
 def trainable(recipe: Recipe) -> int:
     """Return how many parameters a recipe trains, by its method's closed form on the model's shapes."""
+    if recipe.model.task in CLASSIFICATION:
+        return prepare(recipe).trainable  # the rows say how many classes the head has
     method = registry.get(recipe.method.name)(recipe.method)
     return method.count(_shapes(recipe.model.name_or_path, recipe.model.task))
 
