@@ -46,5 +46,5 @@ class Method(PrefixMethod):
         identity_note=IDENTITY_NOTE,
         disable_note="peft can't switch off a prefix before an encoder's classifier, and the head is trained with it",
         needs=f"{CHECKPOINTING} Encoders whose attention reads a cache: BERT, RoBERTa, ELECTRA, not DeBERTa.",
-        supports=frozenset({"resume"}),
+        supports=frozenset({"resume", "4bit"}),
     )
