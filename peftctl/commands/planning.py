@@ -66,9 +66,7 @@ def plan(ready: Prepared, machine: Machine, recipe: Recipe | None = None) -> Mem
     varied = recipe or ready.recipe
     model, rows = ready.applied, ready.train_rows
     if varied.model != ready.recipe.model:
-        model = meta_model(
-            as_trained(varied, ready.method), allow_stand_in=True, head=head_of(varied, ready.tokenizer)
-        )
+        model = meta_model(as_trained(varied, ready.method), allow_stand_in=True, head=head_of(varied, ready.tokenizer))
         fit_rows(model, varied, ready.tokenizer)
         model = attach_to_shapes(varied, ready.method, model)[1]
     longest = varied.data.max_length
