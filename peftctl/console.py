@@ -166,13 +166,16 @@ def show_merge(result: Mapping[str, Any]) -> None:
         ["largest change of a logit", figure(result["max_delta"])],
         ["mean KL(unmerged || merged)", figure(result["kl"])],
         ["same first choice", f"{result['top1_agreement']:.2%} of {result['positions']:,} positions"],
-        [f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"],
     ]
+    if result["layers"]:
+        rows.append([f"share of the update lost in {result['dtype']}", f"{result['lost']:.2%}"])
     if result["drift"]:
         drift = result["drift"]
         agreed = f"mean KL {figure(drift['kl'])}, same first choice {drift['top1_agreement']:.2%}"
         rows.append(["drift from the quantised run", agreed])
-    show_table(f"merged {result['layers']} layers into {result['output']}", ["", ""], rows)
+    # Whole modules and biases that have trained stand in the place of the base's: nothing is folded.
+    what = f"merged {result['layers']} layers into" if result["layers"] else "what was trained stands in"
+    show_table(f"{what} {result['output']}", ["", ""], rows)
     if result["lost"] > LOST_NOTICE:
         out.print(
             f"notice: {result['dtype']} rounds away {result['lost']:.0%} of the update; --dtype float32 keeps it",
