@@ -96,9 +96,16 @@ def up_to_date(name: str, options: argparse.Namespace) -> bool:
 def digest_of(name: str, options: argparse.Namespace) -> str:
     digest = hashlib.sha256(f"{options.tokens} {options.threads} {GRID} {BATCH_SIZE}".encode())
     recipe = ROOT / "recipes" / f"{name}.yaml"
-    for file in [recipe, *data_files(recipe), *sorted(modules_of(ROOT / "peftctl" / "methods" / f"{name}.py"))]:
+    digest.update(settings(recipe).encode())
+    for file in [*data_files(recipe), *sorted(modules_of(ROOT / "peftctl" / "methods" / f"{name}.py"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def settings(recipe: Path) -> str:
+    """Return a recipe without its comments, and without the learning rate: a row has its own, from the grid."""
+    lines = (line.rstrip() for line in recipe.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if not line.lstrip().startswith(("#", "learning_rate:")))
 
 
 def data_files(recipe: Path) -> list[Path]:
