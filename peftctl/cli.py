@@ -16,12 +16,18 @@ from typing import Annotated, Any
 import typer
 
 from peftctl import __version__, console
+from peftctl.backends import processes
 from peftctl.commands.completion import method_names, recipe_names
 from peftctl.errors import PeftctlError, UsageError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 recipes_app = typer.Typer(help="List, show and copy the recipes that come with peftctl; print their schema.")
 app.add_typer(recipes_app, name="recipes")
+
+OUT_OF_MEMORY = (
+    "out of device memory; lower train.batch_size and raise train.gradient_accumulation instead, "
+    "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory"
+)
 
 RecipePath = Annotated[
     str,
@@ -45,24 +51,31 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="peftctl")
     except SystemExit as end:  # typer has shown its own errors
+        if not end.code:
+            processes.stop()
         return int(end.code or 0)
     except KeyboardInterrupt:
-        console.fail("stopped")
-        return 1
+        return _failed("stopped", 1)
     except (PeftctlError, OSError, MemoryError) as error:
         if debug:
             raise
-        console.fail(str(error) or type(error).__name__)
-        return error.exit_code if isinstance(error, PeftctlError) else 1
+        code = error.exit_code if isinstance(error, PeftctlError) else 1
+        return _failed(str(error) or type(error).__name__, code)
     except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":
+        if debug:
             raise
-        console.fail(
-            "out of device memory; lower train.batch_size and raise train.gradient_accumulation instead, "
-            "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory"
-        )
-        return 1
+        if type(error).__name__ == "OutOfMemoryError":
+            return _failed(OUT_OF_MEMORY, 1)
+        processes.explain_lost_peer()  # a collective operation fails where another process has ended
+        raise
     return 0
+
+
+def _failed(message: str, exit_code: int) -> int:
+    """Show an error, once for all processes of a run; return its exit code."""
+    if processes.end_in_failure(message, exit_code):
+        console.fail(message)
+    return exit_code
 
 
 def main() -> None:
@@ -101,9 +114,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in train.output_dir first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
+    processes_planned: Annotated[
+        int | None, typer.Option("--processes", min=1, help="With --dry-run: plan for so many; else one a GPU.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train as a recipe says."""
+    """Train as a recipe says; through torchrun, deepspeed or accelerate launch in several processes."""
     from peftctl.commands.recipes import load_recipe, placed
 
     if resume and fresh:
@@ -111,16 +127,24 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     with placed(recipe, overrides or ()):
         if dry_run:
+            from peftctl.backends.device import gpu_count
             from peftctl.commands import check as checking
+            from peftctl.commands.launch import launch_command
 
-            report = checking.check(loaded, preview_rows=0)
-            if not _emit(report.to_dict(), as_json):
+            count = processes_planned or max(gpu_count(), 1)
+            report = checking.check(loaded, preview_rows=0, processes=count)
+            deepspeed, gpus = loaded.backend.name == "deepspeed", gpu_count() > 0
+            launch = launch_command(recipe, overrides or (), deepspeed=deepspeed, processes=count, gpus=gpus)
+            if not _emit({**report.to_dict(), "launch": launch}, as_json):
                 console.show_check(report, with_recipe=True)
+                console.out.print(f"start it with: {launch}", markup=False)
             return
+        if processes_planned is not None:
+            raise UsageError("--processes plans; to train in several processes, start them with a launcher (--dry-run)")
         from peftctl.commands.train import train as start
 
         result = start(loaded, resume=resume, fresh=fresh, reporter=console.ConsoleReporter())
-        if not _emit(dict(result.summary), as_json):
+        if processes.is_first() and not _emit(dict(result.summary), as_json):
             console.show_summary(result)
 
 

@@ -10,9 +10,8 @@ from typing import Literal
 
 import torch
 
-from peftctl.errors import UsageError
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _PROCESS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
@@ -24,6 +23,11 @@ def current_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def gpu_count() -> int:
+    """Return the GPUs of this machine that PyTorch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -42,10 +46,11 @@ def fast_dtype() -> Literal["bfloat16", "float32"]:
 
 def set_threads() -> None:
     """Use as many threads as this process may use cores, unless the user has set OMP_NUM_THREADS."""
-    # `accelerate launch` writes a 1 there itself, which would leave all cores but one idle.
-    by_accelerate = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
-    if "OMP_NUM_THREADS" not in os.environ or by_accelerate:
-        torch.set_num_threads(_usable_cores())
+    # `accelerate launch` and `torchrun` write a 1 there themselves, which would leave cores idle.
+    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and any(name in os.environ for name in _LAUNCHERS)
+    if "OMP_NUM_THREADS" not in os.environ or by_launcher:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, _usable_cores() // here))
 
 
 def reset_peak_memory() -> None:
@@ -87,21 +92,17 @@ def available_memory_bytes(kind: str) -> int | None:
     return min(of_machine, int(within)) if within.isdigit() else of_machine
 
 
-def refuse_unlaunched_world() -> None:
-    """Raise where a launcher started several processes: each would train on its own and write the same directory.
+def start_process(*, deepspeed: bool = False) -> None:
+    """Set this process up for a command: threads, and no library that it does not use.
 
-    Raises:
-        UsageError: WORLD_SIZE is above 1.
+    Args:
+        deepspeed: Whether it trains through DeepSpeed.
     """
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if world != "1":
-        raise UsageError(f"WORLD_SIZE is {world}, but this version trains in one process; start it without a launcher")
-
-
-def start_process() -> None:
-    """Set this process up for a command: threads, and no library that it does not use."""
     set_threads()
-    leave_deepspeed_out()
+    if not deepspeed:
+        leave_deepspeed_out()
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def leave_deepspeed_out() -> None:

@@ -12,19 +12,24 @@ from typing import Any
 import torch
 
 from peftctl.artifacts.rundir import RunDir
+from peftctl.backends import processes
 from peftctl.backends.device import current_device
 from peftctl.commands.prepare import Prepared
 from peftctl.commands.recipes import load_recipe
 from peftctl.errors import ArtifactError, UsageError
+from peftctl.recipe.schema import Recipe
 from peftctl.recipe.write import diff_recipes, dump_recipe
 from peftctl.training.report import MetricsFile
 
 _PACKAGES = ("peftctl", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 
 # Keys that change neither a weight nor the order of rows, so that a resumed run may change them.
-HARMLESS = tuple(
-    f"train.{key}" for key in ("output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to")
+HARMLESS = (
+    *(f"train.{key}" for key in ("output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to")),
+    *("backend.name", "backend.config"),
 )
+# How a step's rows are cut up: free as long as a step has as many.
+CUTS = ("train.batch_size", "train.gradient_accumulation")
 
 
 def write_identity(run: RunDir, ready: Prepared) -> None:
@@ -38,7 +43,7 @@ def write_identity(run: RunDir, ready: Prepared) -> None:
             "platform": platform.platform(),
             "device": str(current_device()),
             "threads": torch.get_num_threads(),
-            "world_size": 1,
+            "world_size": processes.size(),
             "seed": ready.recipe.train.seed,
             "data_fingerprint": ready.data_fingerprint,
             **({"data_sources": [asdict(source) for source in sources]} if sources else {}),
@@ -48,8 +53,15 @@ def write_identity(run: RunDir, ready: Prepared) -> None:
 
 def refuse_changes(run: RunDir, ready: Prepared) -> None:
     """Raise a UsageError that shows what differs between the stopped run and what is to go on."""
-    changed = diff_recipes(load_recipe(run.recipe), ready.recipe, ignore=HARMLESS)
-    saved = _read_json(run.environment).get("data_fingerprint")
+    earlier, environment = load_recipe(run.recipe), _read_json(run.environment)
+    rows_before = _rows_a_step(earlier, environment.get("world_size", 1))
+    rows_now = _rows_a_step(ready.recipe, processes.size())
+    changed = diff_recipes(earlier, ready.recipe, ignore=HARMLESS + CUTS)
+    if rows_before != rows_now:
+        changed.append(
+            f"rows a step (train.batch_size * train.gradient_accumulation * processes): {rows_before} -> {rows_now}"
+        )
+    saved = environment.get("data_fingerprint")
     if saved != ready.data_fingerprint:
         changed.append(f"training data: fingerprint {str(saved)[:12]} -> {ready.data_fingerprint[:12]}")
     if changed:
@@ -57,6 +69,10 @@ def refuse_changes(run: RunDir, ready: Prepared) -> None:
         raise UsageError(
             f"{run.path}: can't resume, this is another run:\n  {lines}\nundo the change, or start over with --fresh"
         )
+
+
+def _rows_a_step(recipe: Recipe, world_size: int) -> int:
+    return recipe.train.batch_size * recipe.train.gradient_accumulation * world_size
 
 
 def finished_summary(run: RunDir) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftctl.backends import device as devices
+from peftctl.backends import processes
 from peftctl.backends.heap import heap_limit
 from peftctl.commands.prepare import Prepared, as_trained, attach_to_shapes, fit_rows, head_of
 from peftctl.data.collate import Collator
@@ -48,8 +49,8 @@ class _Change:
 
 
 def this_machine() -> Machine:
-    """Return the device of this process, with the memory that it holds now."""
-    return Machine(devices.current_device().type, process_bytes=devices.current_memory_bytes())
+    """Return the device of this process, with the memory that it holds now, and how many train together."""
+    return Machine(devices.current_device().type, processes.size(), devices.current_memory_bytes())
 
 
 def plan(ready: Prepared, machine: Machine, recipe: Recipe | None = None) -> MemoryPlan:
@@ -113,6 +114,19 @@ def advise(ready: Prepared, machine: Machine, needed: MemoryPlan, available: int
     if not any(a.total <= available for a in advice):
         advice += _together([change for change, _ in worth], ready.recipe, total, available)
     return advice
+
+
+def out_of_memory(ready: Prepared) -> str:
+    """Return what to change in a recipe that this machine was too small for, by its plan."""
+    machine = this_machine()
+    needed = plan(ready, machine)
+    # What the device has in all is not all free; a change must lower the plan to help in any case.
+    available = min(devices.available_memory_bytes(machine.kind) or needed.total, needed.total - 1)
+    ways = [f"{way.change} (plan {way.total / 2**30:.2f} GiB)" for way in advise(ready, machine, needed, available)[:5]]
+    lines = ways or ["nothing in the recipe would lower it"]
+    return "\n  ".join(
+        [f"out of device memory; the plan is {needed.total / 2**30:.2f} GiB, lower it by one of", *lines]
+    )
 
 
 def _together(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,22 @@ from peftctl.artifacts.manifest import ArtifactInfo
 from peftctl.artifacts.rundir import RunDir
 from peftctl.artifacts.start import load_start, refuse_other_weights, start_of
 from peftctl.backends import device as devices
+from peftctl.backends import processes
 from peftctl.backends.heap import spare_memory
 from peftctl.commands import identity
 from peftctl.commands.base_model import load_base, on_merged_base
-from peftctl.commands.planning import predict
+from peftctl.commands.planning import out_of_memory, predict
 from peftctl.commands.prepare import Prepared, fit_rows, prepare
 from peftctl.console import Reporter
 from peftctl.data.collate import Collator
-from peftctl.errors import RunError, UsageError
+from peftctl.errors import RunError
 from peftctl.evaluation.evaluate import evaluate_rows
 from peftctl.methods.base import Context
 from peftctl.models.quantize import parameter_count
 from peftctl.recipe.schema import Recipe
+from peftctl.training.checkpoints import Whole, restore
 from peftctl.training.report import loss_curve
+from peftctl.training.sharing import read_sharing
 from peftctl.training.stages import Trained, Workload, run_stages
 
 
@@ -65,29 +69,29 @@ def train(
     Raises:
         PeftctlError: A known problem, see `peftctl.errors`.
     """
-    reporter = reporter or Reporter()
-    _refuse_deepspeed(recipe)
-    devices.refuse_unlaunched_world()
-    devices.start_process()
+    deepspeed = recipe.backend.name == "deepspeed"
+    read_sharing(recipe, processes.size(), offloads=False)
+    devices.start_process(deepspeed=deepspeed)
+    processes.start(alone=deepspeed)
+    first = processes.is_first()
+    reporter = reporter if reporter and first else Reporter()
     run = RunDir(recipe.train.output_dir)
-    run.check(fresh=fresh, resume=resume)
-    ready = prepare(recipe)
-    with run.lock():
-        finished = identity.finished_summary(run) if resume else None
+    if first:
+        run.check(fresh=fresh, resume=resume)
+    with processes.first_goes_ahead():  # it fills the cache of encoded rows
+        ready = prepare(recipe)
+    with run.lock() if first else nullcontext():
+        finished = processes.from_first(identity.finished_summary(run) if first and resume else None)
         if finished is not None:
             identity.refuse_changes(run, ready)
             reporter.notice(f"{run.path}: this run is complete; nothing to do")
             return TrainResult(run.path, _artefact_path(run), finished)
-        run.prepare(fresh=fresh, resume=resume)
-        return _Run(ready, run, reporter, resume).go()
-
-
-def _refuse_deepspeed(recipe: Recipe) -> None:
-    if recipe.backend.name == "deepspeed":
-        raise UsageError(
-            "backend.name: training through DeepSpeed comes with a later version; "
-            "`check` and `train --dry-run` plan it, and backend=null trains on one device"
-        )
+        if first:
+            run.prepare(fresh=fresh, resume=resume)
+        try:
+            return _Run(ready, run, reporter, resume).go()
+        except torch.OutOfMemoryError as error:
+            raise RunError(out_of_memory(ready)) from error
 
 
 class _Run:
@@ -100,44 +104,76 @@ class _Run:
         self.run = run
         self.reporter = reporter
         self.resume = resume
+        self.first = processes.is_first()
         self.device = devices.current_device()
         self.collate = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of)
         # Neither the base nor what is saved reads a method's own fields.
         self.collate_training = Collator(ready.tokenizer, self.recipe.data.pad_to_multiple_of, self.method.fields())
 
     def go(self) -> TrainResult:
-        checkpoint = self._checkpoint()
-        identity.write_identity(self.run, self.ready)
-        self.ready = on_merged_base(self.ready, self.run, self.reporter)
-        self.recipe = self.ready.recipe
+        checkpoint = self._begin()
         set_seed(self.recipe.train.seed)
-        self.predicted = predict(self.ready)
         if self.recipe.train.gradient_checkpointing and self.device.type == "cpu":
             spare_memory()
-        base = load_base(self.ready, self.device)
-        # Of what lies on disk, so before rows of new tokens.
-        self.base_fingerprint = base_fingerprint(self.recipe.model, base)
-        fit_rows(base, self.recipe, self.ready.tokenizer)
+        base = self._base()
         start = start_of(self.recipe)
-        before = identity.evaluation_before(self.run)
-        if before is None and start is None:
-            before = self._evaluate(base, "before")
+        before = self._before(base) if start is None else None
         devices.reset_peak_memory()
         model = self._attach(base, start if checkpoint is None else None)
         del base
-        if before is None:  # of the adapter that training starts from
-            before = self._evaluate(model, "before")
+        if start is not None:  # of the adapter that training starts from
+            before = self._before(model)
             devices.reset_peak_memory()
         if checkpoint is None and self.trainable:
             self._calibrate(model)
-        initial = checks.snapshot(model)  # only now: calibration may choose what trains
+        initial = checks.snapshot(model) if self.first else {}  # only now: calibration may choose what trains
         trained = self._train(model, checkpoint)
-        peak = devices.peak_memory_bytes()
+        peak = max(processes.gathered(devices.peak_memory_bytes()), default=0)
+        if not self.first:
+            return processes.from_first(None)
+        if trained.whole is not None:
+            del model
+            model = self._rebuilt(trained.whole)
         artefact, reference = self._save(model, initial, trained)
         del model, initial
         gc.collect()
         after = self._verify(artefact, reference)
-        return self._finish(artefact, trained, peak, before, after)
+        return processes.from_first(self._finish(artefact, trained, peak, before or {}, after))
+
+    def _begin(self) -> Path | None:
+        """Write what the run is, merge earlier adapters, and return the checkpoint to go on from."""
+        checkpoint = None
+        if self.first:
+            checkpoint = self._checkpoint()
+            identity.write_identity(self.run, self.ready)
+        with processes.first_goes_ahead():
+            self.ready = on_merged_base(self.ready, self.run, self.reporter)
+        self.recipe = self.ready.recipe
+        self.predicted = predict(self.ready) if self.first else None
+        return processes.from_first(checkpoint)
+
+    def _base(self) -> Any:
+        """Return the model before the method is attached."""
+        # An engine that divides the weights gets them from main memory: whole, they may not fit on a device.
+        divided = read_sharing(self.recipe, processes.size(), offloads=False).stage == 3
+        base = load_base(self.ready, torch.device("cpu") if divided else self.device)
+        # Of what lies on disk, so before rows of new tokens.
+        self.base_fingerprint = base_fingerprint(self.recipe.model, base)
+        fit_rows(base, self.recipe, self.ready.tokenizer)
+        return base
+
+    def _before(self, model: Any) -> dict[str, float] | None:
+        """Return what the first process measures before training, or has measured before the run was stopped."""
+        if not self.first:
+            return None
+        return identity.evaluation_before(self.run) or self._evaluate(model, "before")
+
+    def _rebuilt(self, whole: Whole) -> Any:
+        """Return the trained model in one piece, where the processes each held a part."""
+        set_seed(self.recipe.train.seed)
+        model = self.method.apply(self._base(), Context(self.recipe, self.ready.tokenizer))
+        restore(model, self.method, *whole, where=self.run.checkpoints)
+        return model
 
     def _checkpoint(self) -> Path | None:
         if not self.resume:

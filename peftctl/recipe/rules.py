@@ -56,6 +56,10 @@ class View:
         return key_place(self.root, tuple(key.split(".")))
 
 
+DIVISIBLE = ("adamw", "sgd")
+"""Optimizers whose state has the shape of the weights: ZeRO cuts both alike."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How some rows are laid out, and which keys say so.
@@ -140,6 +144,13 @@ def _backend(view: View) -> Iterator[Finding]:
     if name == "deepspeed" and config is None and "backend.config" in view.values:
         hint = "add config: configs/deepspeed/zero2.json under `backend:`"
         yield Finding(view.at("backend.name"), "backend.config: deepspeed needs a configuration file", hint)
+    optimizer = view.values.get("train.optimizer")
+    if name == "deepspeed" and optimizer not in (None, *DIVISIBLE):
+        message = f"train.optimizer: {optimizer} can't be divided among processes by deepspeed"
+        yield Finding(view.at("train.optimizer", "backend.name"), message, f"use {' or '.join(DIVISIBLE)}")
+    if name == "deepspeed" and view.values.get("train.on_nan") == "skip":
+        message = "train.on_nan: deepspeed has taken the step before its gradient can be looked at"
+        yield Finding(view.at("train.on_nan"), message, "use stop")
 
 
 def _held_out(view: View) -> Iterator[Finding]:

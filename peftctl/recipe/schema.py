@@ -177,13 +177,15 @@ class TrainSection(Section):
     """Give back the weights of the checkpoint with the lowest held-out loss instead of the last ones."""
     early_stopping: Positive | None = None
     """End after so many held-out losses (see `eval_steps`) in a row without a new lowest one."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose gradient is not finite: end the run after a checkpoint, or leave the step out."""
 
 
 class BackendSection(Section):
-    """Where the run happens."""
+    """What the processes of a run share, as many as the launcher starts."""
 
     name: Literal["single", "deepspeed"] = "single"
-    """`single` is one process on one device; `deepspeed` shards by the file in `config`."""
+    """`single`: each process holds everything, and gradients are averaged (DDP); `deepspeed` divides by `config`."""
     config: str | None = None
     """A DeepSpeed configuration, e.g. configs/deepspeed/zero2.json."""
 

@@ -63,6 +63,8 @@ def library_arguments(
         remove_unused_columns=False,
         use_cpu=use_cpu,
         deepspeed=recipe.backend.config,
+        ddp_find_unused_parameters=False,  # every trained tensor has a part in every step
+        ddp_broadcast_buffers=False,  # they are the same everywhere, and stay so
         **saving,
         **evaluating,
     )

@@ -30,7 +30,7 @@ class StopAndShow(TrainerCallback):
         """Show the step, log the last one, and heed a stop request."""
         self.trainer.stage.reporter.step(state.global_step)
         control.should_log |= state.global_step >= state.max_steps
-        if self.trainer.stage.stop:
+        if self.trainer.stopped_by_signal:
             control.should_save = True
             control.should_training_stop = True
 

@@ -9,6 +9,7 @@ Only tensors that the optimizer owns are saved, by name: the frozen base is neve
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch import nn
 
 from peftctl.errors import ArtifactError
 from peftctl.methods.base import Method
-from peftctl.training.optimizers import optimized_tensors
 
 TENSORS, METHOD, STAGE = "trainable.safetensors", "method.pt", "stage.json"
+Whole = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""The optimized tensors by name, and the method's state."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class StageMark:
     best: int | None = None
 
 
-def write_state(folder: Path, model: nn.Module, optimizer: Any, method: Method, mark: StageMark) -> None:
+def write_state(
+    folder: Path, tensors: Mapping[str, torch.Tensor], method_state: Mapping[str, Any], mark: StageMark
+) -> None:
     """Write our part of a checkpoint into a folder that is renamed into place afterwards."""
-    tensors = {name: p.detach().contiguous().cpu() for name, p in optimized_tensors(optimizer, model).items()}
-    save_file(tensors, folder / TENSORS)
-    torch.save(method.state_dict(model), folder / METHOD)
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
+    torch.save(method_state, folder / METHOD)
     (folder / STAGE).write_text(json.dumps(asdict(mark)), encoding="utf-8")
 
 
@@ -70,16 +73,34 @@ def read_state(folder: Path, model: nn.Module, method: Method) -> None:
     Raises:
         ArtifactError: A file is damaged, or the tensors are not those of this model.
     """
+    restore(model, method, *read_tensors(folder), where=folder)
+
+
+def read_tensors(folder: Path) -> Whole:
+    """Return the optimized tensors of a checkpoint by name, and the method's state.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
     try:
-        tensors = load_file(folder / TENSORS)
-        state = torch.load(folder / METHOD, weights_only=True)
+        return load_file(folder / TENSORS), torch.load(folder / METHOD, weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise _damaged(folder, error) from error
+
+
+def restore(
+    model: nn.Module, method: Method, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, where: Path
+) -> None:
+    """Put the method's state and its tensors into a model that `Method.apply` has made.
+
+    Raises:
+        ArtifactError: The tensors are not those of this model.
+    """
     method.load_state_dict(model, state)  # first: it may decide which tensors there are
     parameters = dict(model.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
     if wrong:
-        raise ArtifactError(f"{folder}: holds tensors that this model does not have, e.g. {wrong[0]}; use --fresh")
+        raise ArtifactError(f"{where}: holds tensors that this model does not have, e.g. {wrong[0]}; use --fresh")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)

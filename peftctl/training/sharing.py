@@ -20,6 +20,7 @@ from peftctl.recipe.schema import Recipe
 _BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
 _HALF, _FULL = 2, 4
+_OURS = ("optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool) -> Sharing:
         offloads: The device has a memory of its own; else offloading moves nothing.
 
     Raises:
-        UsageError: The DeepSpeed configuration is missing, no JSON, or names no stage from 0 to 3.
+        UsageError: The DeepSpeed configuration is missing, no JSON, names no stage from 1 to 3, or sets what the
+            recipe's `train:` section does.
     """
     if recipe.backend.name == "single":
         return Sharing(processes)
@@ -134,8 +136,11 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool) -> Sharing:
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: can't be read as a DeepSpeed configuration: {error}") from error
-    if stage not in (0, 1, 2, 3):
-        raise UsageError(f"{where}: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    if stage not in (1, 2, 3):
+        raise UsageError(f"{where}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}")
+    ours = [key for key in _OURS if key in content]
+    if ours:
+        raise UsageError(f"{where}: {ours[0]}: the recipe's `train:` section decides about it; remove it there")
     return Sharing(
         processes,
         stage,

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 from peftctl.artifacts.rundir import RunDir
+from peftctl.backends import processes
 from peftctl.errors import Interrupted, RunError
 from peftctl.methods.base import Stage
 from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import library_arguments
-from peftctl.training.checkpoints import StageMark, read_mark
+from peftctl.training.checkpoints import StageMark, Whole, read_mark
 from peftctl.training.signals import stop_on_signal
 from peftctl.training.trainer import MethodTrainer
 from peftctl.training.workload import StageRun, Workload
+
+_APART = 1e-3
+"""Relative difference of the sum of a tensor's absolute values that no rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Trained:
         seconds: Training time, evaluation excluded.
         loss: Mean loss of the last log step.
         selected: What `load_best` and `early_stopping` came to; None where the recipe has neither.
+        whole: Under ZeRO-3, where the model lies divided among the processes, what it has learned.
     """
 
     steps: int
@@ -60,6 +65,7 @@ class Trained:
     seconds: float
     loss: float
     selected: Selected | None = None
+    whole: Whole | None = None
 
 
 def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
@@ -92,16 +98,19 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
             )
             trainer = MethodTrainer(stage_run, model, args)
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-            if stop and stop.signal is not None:
-                raise _interrupted(work.run, trainer.total_step, stop.signal.name)
+            if trainer.stopped_by_signal:
+                name = stop.signal.name if stop.signal else "a signal to another process"
+                raise _interrupted(work.run, trainer.total_step, name)
     if trainer is None:
         raise RunError("the method has no stage left to train")
-    selected = _select(trainer)
-    return _totals(trainer, selected)
+    refuse_divergence(trainer)
+    totals = _totals(trainer, _select(trainer))
+    trainer.leave_engine()
+    return totals
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:
-    """Return the optimizer steps of the main stage in one process."""
+    """Return the optimizer steps of the main stage."""
     train = recipe.train
     if train.max_steps:
         return train.max_steps
@@ -109,8 +118,8 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 
 
 def steps_per_epoch(recipe: Recipe, rows: int) -> int:
-    """Return the optimizer steps of one pass over the rows; the last one may be smaller."""
-    return math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation))
+    """Return the optimizer steps of one pass of all processes over the rows; the last one may be smaller."""
+    return math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation * processes.size()))
 
 
 def _stage_steps(stage: Stage, main_steps: int) -> int:
@@ -151,6 +160,24 @@ def _select(trainer: MethodTrainer) -> Selected | None:
     )
 
 
+def refuse_divergence(trainer: MethodTrainer) -> None:
+    """Raise where processes that each hold all weights have come to different ones.
+
+    Raises:
+        RunError: A tensor of one process differs from the first one's.
+    """
+    if trainer.args.world_size == 1 or trainer.zero_stage:
+        return
+    own = {name: float(p.detach().double().abs().sum()) for name, p in trainer.owned.items()}
+    first = processes.from_first(own)
+    apart = [name for name, value in own.items() if abs(value - first[name]) > _APART * abs(first[name])]
+    if apart:
+        raise RunError(
+            f"the processes have trained apart: {apart[0]} and {len(apart) - 1} more tensors differ between them; "
+            "this method does not work in several processes"
+        )
+
+
 def _totals(trainer: MethodTrainer, selected: Selected | None) -> Trained:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return Trained(
@@ -160,4 +187,5 @@ def _totals(trainer: MethodTrainer, selected: Selected | None) -> Trained:
         seconds=trainer.seconds(),
         loss=losses[-1] if losses else float("nan"),
         selected=selected,
+        whole=trainer.whole(),
     )

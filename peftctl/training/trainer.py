@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,24 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from peftctl.artifacts.rundir import staged
+from peftctl.backends import processes
 from peftctl.data.batching import GroupedBatches
+from peftctl.data.encode import EncodedRow
 from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
-from peftctl.models.supervised import Supervised, count_supervised, supervised_forward
+from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
-from peftctl.training.checkpoints import StageMark, read_mark, read_state, write_state
+from peftctl.training.checkpoints import StageMark, Whole, read_state, read_tensors
+from peftctl.training.engine import EngineTrainer
 from peftctl.training.noise import noisy_embeddings
-from peftctl.training.optimizers import build_optimizer
 from peftctl.training.report import MetricsFile
 from peftctl.training.workload import StageRun
+
+_SHOWN = 8
+"""Rows that an error names."""
 
 
 class _EpochLoader(DataLoader):
@@ -40,11 +44,21 @@ class _EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
+def _tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Return the tokens of a micro-batch without padding; one without a row is a token of padding."""
+    return int(batch["attention_mask"].sum()) if (batch["labels"] != IGNORED).any() else 0
+
+
+def _some(rows: Sequence[str]) -> str:
+    more = len(rows) - _SHOWN
+    return ", ".join(rows[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def _product(shape: Callable[[int], float], factor: Callable[[int], float]) -> Callable[[int], float]:
     return lambda step: shape(step) * factor(step)
 
 
-class MethodTrainer(Trainer):
+class MethodTrainer(EngineTrainer):
     """Trains one stage of one method.
 
     Args:
@@ -54,8 +68,6 @@ class MethodTrainer(Trainer):
     """
 
     def __init__(self, stage: StageRun, model: Any, args: TrainingArguments):
-        self.stage = stage
-        self.model: Any = model
         self.parts: dict[str, Any] = defaultdict(float)  # device tensors, read only at log steps
         self.tokens = stage.mark.train_tokens
         self.supervised = stage.mark.supervised_tokens
@@ -66,7 +78,10 @@ class MethodTrainer(Trainer):
         self.extra: dict[str, float] = {}
         self.logged_step = 0
         self.saved_at = -1
+        self.stop_agreed = False
+        self.step_rows: list[str] = []
         super().__init__(
+            stage,
             model=model,
             args=args,
             train_dataset=stage.train_rows,  # type: ignore[arg-type]
@@ -75,7 +90,7 @@ class MethodTrainer(Trainer):
             callbacks=[
                 *(Hooks(self, callback) for callback in stage.method.callbacks(model)),
                 StopAndShow(self),
-                *trackers(stage.recipe, stage.run),
+                *(trackers(stage.recipe, stage.run) if processes.is_first() else ()),
             ],
         )
         self.remove_callback(PrinterCallback)
@@ -96,19 +111,27 @@ class MethodTrainer(Trainer):
         return _EpochLoader(
             self.stage.train_rows,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=self.stage.collate,
+            collate_fn=self._collate,
             generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random state
             pin_memory=torch.cuda.is_available(),
         )
 
+    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Make a micro-batch, and remember where its rows come from."""
+        self.step_rows += [row.where for row in rows]
+        return self.stage.collate(rows)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return this process's micro-batches of one optimizer step, and the supervised tokens of all processes'."""
+        self.step_rows.clear()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         own = [
             sum(count_supervised(self.model, batch["labels"]) for batch in batches),
-            sum(int(batch["attention_mask"].sum()) for batch in batches),
+            sum(_tokens(batch) for batch in batches),
+            bool(self.stage.stop),
         ]
-        supervised, tokens = (int(count) for count in self.accelerator.reduce(torch.tensor(own)))
+        supervised, tokens, stops = (int(count) for count in processes.summed(own))
+        self.stop_agreed = stops > 0  # all end after the same step, whichever has got the signal
         self.supervised += supervised
         self.tokens += tokens
         if self.model.config.is_encoder_decoder:
@@ -143,26 +166,41 @@ class MethodTrainer(Trainer):
         self.parts[name] += value.detach()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm before clipping, and refuse a gradient that would poison the weights."""
+        """Return the norm before clipping, and keep a gradient that is not finite from the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):  # with fp16 the loss scaler skips the step
-            raise RunError(
-                f"step {self.total_step + 1}: the gradient is not finite, so the loss has diverged; no weight was "
-                "changed by it. Lower train.learning_rate, or train in float32"
-            )
+        # With fp16 the loss scaler skips the step.
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            self._on_nan()
         return norm
+
+    def _on_nan(self) -> None:
+        """Leave the step out, or end the run, as the recipe says; all processes have the same gradient.
+
+        Raises:
+            RunError: With the step and its rows.
+        """
+        rows = [where for places in processes.gathered(self.step_rows) for where in places]
+        what = f"step {self.total_step + 1}: the gradient is not finite; its rows: {_some(rows)}"
+        if self.stage.recipe.train.on_nan == "skip":
+            for parameter in self.owned.values():
+                parameter.grad = None  # no optimizer moves a tensor without a gradient
+            self.stage.reporter.notice(f"{what}; left out")
+            return
+        if self.is_deepspeed_enabled:  # it has stepped by now
+            kept = "the weights are lost, go on from an earlier checkpoint"
+        else:
+            kept = "no weight was changed by it"
+            if self.state.global_step:
+                self._save_checkpoint(self.model, None)
+                kept += f", and checkpoint-{self.total_step} has them"
+        hint = "Lower train.learning_rate, train in float32, look at the rows, or set train.on_nan=skip"
+        raise RunError(f"{what}; {kept}. {hint}")
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the library's estimate walks all parameters at every micro-step."""
         return 0
 
     # -- optimizer -----------------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Build the optimizer of this stage."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(self.stage.method, self.model, self.args, self.stage.recipe.train)
-        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Build the recipe's schedule times the method's factor."""
@@ -193,7 +231,8 @@ class MethodTrainer(Trainer):
             logs = logs | self._interval()
         line |= logs | self.extra
         self.extra.clear()
-        self.metrics_file.write(line)
+        if processes.is_first():
+            self.metrics_file.write(line)
         self.state.log_history.append(line)
         self.stage.reporter.step(self.state.global_step, line)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -206,18 +245,19 @@ class MethodTrainer(Trainer):
         tokens, supervised = self.tokens - self.logged_tokens[0], self.supervised - self.logged_tokens[1]
         self.logged_at, self.logged_step = now, self.state.global_step
         self.logged_tokens = (self.tokens, self.supervised)
-        parts = {name: float(value) / steps for name, value in self.parts.items()}
+        parts: dict[str, float] = {}
+        if len(self.parts) > 1:
+            means = processes.summed([float(value) / steps / self.args.world_size for value in self.parts.values()])
+            parts = dict(zip(self.parts, means, strict=True))
         self.parts.clear()
-        extra = parts if len(parts) > 1 else {}
         speed = {"tokens_per_second": tokens / passed, "supervised_tokens_per_second": supervised / passed}
-        return {f"loss_{name}" if name == "loss" else name: v for name, v in extra.items()} | speed
+        return {f"loss_{name}" if name == "loss" else name: v for name, v in parts.items()} | speed
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return and log the held-out loss; the time it takes does not count as training."""
         began = time.monotonic()
-        held_out = held_out_loss(
-            self.model, self.stage.eval_rows, self.stage.collate, self.stage.recipe.eval.batch_size
-        )
+        size = self.stage.recipe.eval.batch_size
+        held_out = held_out_loss(self.model, self.stage.eval_rows, self.stage.collate, size, together=True)
         metrics = {f"eval_{name}": float(value) for name, value in held_out.items()}
         if self.args.metric_for_best_model:
             metrics = metrics | self._select(metrics)
@@ -268,18 +308,42 @@ class MethodTrainer(Trainer):
         else:
             super()._run_epoch(*args, **where)
 
+    def best_checkpoint(self) -> Path:
+        """Return the checkpoint of the lowest held-out loss.
+
+        Raises:
+            RunError: No held-out loss was finite.
+        """
+        if self.best_step is None:
+            raise RunError("train.load_best: no held-out loss was finite; lower train.learning_rate")
+        processes.wait()  # the first process writes it
+        return self.stage.run.checkpoints / f"checkpoint-{self.best_step}"
+
     def take_best(self) -> None:
-        """Put the weights of the lowest held-out loss into the model.
+        """Put the weights of the lowest held-out loss into the model, where it is whole.
 
         Raises:
             ArtifactError: Their checkpoint is missing or damaged.
             RunError: No held-out loss was finite.
         """
-        if self.best_step is None:
-            raise RunError("train.load_best: no held-out loss was finite; lower train.learning_rate")
-        read_state(self.stage.run.checkpoints / f"checkpoint-{self.best_step}", self.model, self.stage.method)
+        folder = self.best_checkpoint()
+        if self.zero_stage < 3:
+            read_state(folder, self.model, self.stage.method)
+
+    def whole(self) -> Whole | None:
+        """Return what a model that lies divided among the processes has learned; None for a whole one."""
+        if self.zero_stage < 3:
+            return None
+        if self.stage.recipe.train.load_best:
+            return read_tensors(self.best_checkpoint())
+        return self.whole_tensors(), self.method_state()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the stage ended early because a process got a signal."""
+        return self.stop_agreed if self.args.world_size > 1 else bool(self.stage.stop)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write everything that resume needs aside, then rename it into place."""
@@ -296,22 +360,5 @@ class MethodTrainer(Trainer):
             seconds=self.seconds(),
             best=self.best_step if self.stage.recipe.train.load_best else None,
         )
-        with staged(self.stage.run.checkpoints / f"checkpoint-{self.total_step}") as folder:
-            folder.mkdir(exist_ok=True)
-            write_state(folder, self.model, self.optimizer, self.stage.method, mark)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        self._drop_old_checkpoints()
+        self.write_checkpoint(self.stage.run.checkpoints / f"checkpoint-{self.total_step}", mark)
         self.logged_at += time.monotonic() - began
-
-    def _drop_old_checkpoints(self) -> None:
-        """Keep the newest, and those with the best weights of each of these: a resume may start from any of them."""
-        newest = self.stage.run.complete_checkpoints()[-self.stage.recipe.train.save_total_limit :]
-        best = {f"checkpoint-{read_mark(folder).best}" for folder in newest}
-        self.stage.run.drop_checkpoints({*(folder.name for folder in newest), *best})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore the optimized tensors and the method's state."""
-        read_state(Path(resume_from_checkpoint), self.model, self.stage.method)

@@ -215,9 +215,3 @@ def test_nothing_is_written_outside_the_output_directory(tmp_path, tiny_dir, mon
     result = train(path)
     new = {p for p in set(tmp_path.rglob("*")) - before if result.run not in p.parents and p != result.run}
     assert new == set()
-
-
-def test_world_size_without_a_process_group_is_refused(tmp_path, tiny_dir, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="one process"):
-        train(write_recipe(tmp_path, tiny_dir))

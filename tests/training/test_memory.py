@@ -226,13 +226,13 @@ def test_zero_stages_share_one_thing_more_each(tmp_path):
     alone = planned(llama(), method, machine=four)
     assert alone.weights == alone.gradients == alone.sharing == 4 * count
     found = {}
-    for stage in (0, 1, 2, 3):
+    for stage in (1, 2, 3):
         backend = zero(tmp_path, stage)
         plan = planned(llama(), method, dtype="bfloat16", machine=four, backend=backend)
         found[stage] = (plan.weights / count, plan.gradients / count, plan.optimizer / count)
         gathered = 2 * 2 * 400 * 64 if stage == 3 else 0  # the largest weight in use, and the next one
         assert plan.sharing == 2 * 1000 + gathered
-    assert found == {0: (2, 2, 12), 1: (2, 2, 3), 2: (2, 0.5, 3), 3: (0.5, 0.5, 3)}
+    assert found == {1: (2, 2, 3), 2: (2, 0.5, 3), 3: (0.5, 0.5, 3)}
 
 
 def test_offloading_moves_the_optimizer_to_main_memory(tmp_path):
@@ -258,7 +258,9 @@ def test_zero_3_can_offload_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "part"), [("{", "can't be read"), ("[]", "can't be read"),
-                          ('{"zero_optimization": {"stage": 4}}', "expected 0, 1, 2 or 3, got 4")]
+                          ('{"zero_optimization": {"stage": 4}}', "expected 1, 2 or 3, got 4"),
+                          ('{"bf16": {"enabled": true}}', "expected 1, 2 or 3, got 0"),
+                          ('{"optimizer": {}, "zero_optimization": {"stage": 2}}', "optimizer: the recipe's `train:`")]
 )  # fmt: skip
 def test_deepspeed_configurations_that_are_none(tmp_path, content, part):
     path = tmp_path / "z.json"

@@ -177,7 +177,7 @@ def test_only_the_main_stage_is_chosen_from(tmp_path):
 
 
 def test_losses_that_are_not_finite_are_never_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr("peftctl.training.trainer.held_out_loss", lambda *_: {"loss": float("nan")})
+    monkeypatch.setattr("peftctl.training.trainer.held_out_loss", lambda *_, **__: {"loss": float("nan")})
     with pytest.raises(RunError, match=r"train.load_best: no held-out loss was finite; lower train.learning_rate"):
         train(workload(tmp_path, **SETTINGS | {"max_steps": 2}))
     assert all("best_step" not in line for line in lines(workload(tmp_path).run))

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
+from peftctl.console import Reporter
 from peftctl.data.collate import Collator
 from peftctl.errors import RunError
 from peftctl.methods import lora
@@ -123,6 +125,68 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_a_weight_changes(tmp_
     with pytest.raises(RunError, match=r"step 1: the gradient is not finite.*learning_rate"):
         run_stages(work, model, None)
     assert all(torch.equal(t, before[n]) for n, t in trained_tensors(model).items())
+
+
+class DivergesAt(lora.Method):
+    """LoRA whose loss is NaN on the batches that hold a token."""
+
+    token = -1
+
+    def loss(self, model, batch, forward):
+        bad = float("nan") if (batch["input_ids"] == self.token).any() else 1.0
+        return {"loss": super().loss(model, batch, forward)["loss"] * bad}
+
+
+def diverging(folder, **settings):
+    """Return a workload one of whose 24 rows makes the loss NaN, and the place of that row."""
+    work = workload(folder, DivergesAt(CONFIG), max_steps=12, batch_size=2, save_steps=100, **settings)
+    row = work.train_rows[5]
+    row.input_ids[1] = work.method.token = 399  # no other row has it
+    return work, row.where
+
+
+def test_a_gradient_that_is_not_finite_names_its_step_and_rows_and_leaves_a_checkpoint(tmp_path):
+    work, where = diverging(tmp_path)
+    with pytest.raises(RunError, match=r"step \d+: the gradient is not finite; its rows: .*rows:") as caught:
+        train(work)
+    step = int(str(caught.value).split(":")[0].removeprefix("step "))
+    assert step > 1 and where in str(caught.value).split("; ")[1]
+    checkpoint = work.run.latest_checkpoint()
+    assert checkpoint.name == f"checkpoint-{step - 1}" and checkpoint.name in str(caught.value)
+    assert all(torch.isfinite(t).all() for t in load_file(checkpoint / "trainable.safetensors").values())
+
+
+def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(tmp_path):
+    seen = {}
+
+    class Watch(Reporter):
+        def notice(self, text):
+            seen["notice"] = text
+
+    class Watched(Callback):
+        def before_optimizer(self, info):
+            self.earlier = self.state(info)
+
+        def after_optimizer(self, info):
+            if len(seen) == 1:  # the step that was left out
+                later = self.state(info)
+                seen["same"] = all(torch.equal(tensor, later[name]) for name, tensor in self.earlier.items())
+
+        @staticmethod
+        def state(info):
+            moments = {
+                f"{i} {key}": value.clone()
+                for i, entry in enumerate(info.optimizer.state.values())
+                for key, value in entry.items()
+            }
+            return trained_tensors(info.model) | moments
+
+    work, where = diverging(tmp_path, on_nan="skip")
+    work.method.callbacks = lambda model: [Watched()]
+    object.__setattr__(work, "reporter", Watch())
+    model, totals = train(work)
+    assert where in seen["notice"] and seen["notice"].endswith("left out") and seen["same"]
+    assert totals.steps == 12 and all(torch.isfinite(t).all() for t in trained_tensors(model).values())
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
