@@ -271,11 +271,19 @@ def model(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Explain this one.", autocompletion=method_names)] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Show which hold through DDP and ZeRO, by trial.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or explain one."""
     from peftctl.commands import methods as listing
 
+    if matrix:
+        if name is not None:
+            raise UsageError("--matrix shows all methods; leave the name out")
+        shown = listing.describe_matrix()
+        if not _emit(shown, as_json):
+            console.show_matrix(shown)
+        return
     content = listing.describe_all() if name is None else listing.describe(name)
     if not _emit(content, as_json):
         console.show_methods(content) if isinstance(content, list) else console.show_method(content)

@@ -255,6 +255,20 @@ def show_methods(cards: Sequence[Mapping[str, Any]]) -> None:
     out.print(f"count: what trains with the method's own recipe, on {' or '.join(models)}", markup=False)
 
 
+def show_matrix(content: Mapping[str, Any]) -> None:
+    """Show what holds of every method, and below it why what does not."""
+    columns, methods = content["columns"], content["methods"]
+    words = {None: "–", "": "yes"}
+    rows = [[name, *(words.get(cells.get(cell), "no") for cell in columns)] for name, cells in methods.items()]
+    show_table("", ["method", *columns], rows)
+    for name, cells in methods.items():
+        for cell, why in cells.items():
+            if why:
+                out.print(f"{name} {cell}: {why}", markup=False)
+    engines = ", ".join(f"{key}: {text}" for key, text in content["engines"].items())
+    out.print(f"{engines}; –: not tried; two processes on tiny models, against one", markup=False)
+
+
 def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
 

@@ -1,10 +1,12 @@
 """Train every method's recipe on the demo model for the same number of tokens, and write README's table of results.
 
     python scripts/method_table.py [NAME ...] [--jobs 2] [--tokens 12000] [--threads 1]
+    python scripts/method_table.py --speed
 
 Of each method: four short runs on a grid of learning rates (a third, one, three and ten times the recipe's), then three
 seeds at the best of them. Measured are the held-out loss on 200 rows, teacher-forced, and exact match (or accuracy) of
-64 answers, before and after; the share that trains, the peak memory, the tokens a second and the size of the result.
+64 answers, before and after; the share that trains, and the size of the result. `--speed` measures tokens a second and
+peak memory of the rows that lack them, one method after the other on all cores: nothing else may run then.
 
 A row is kept in scripts/method_table/ with a hash of the recipe, its data and the method's code, so an interrupted
 table goes on, and only what has changed is run again. `--write` puts the rows that are there into README.md.
@@ -38,13 +40,17 @@ EVAL_ROWS, GRID_EVAL_ROWS, ANSWERS = 200, 32, 64
 def main() -> None:
     options = parse()
     if options.worker:
-        print(json.dumps(measure(options.worker, options.tokens)))
+        print(json.dumps((speed if options.speed else measure)(options.worker, options.tokens)))
         return
     from peftctl.methods import registry
 
     names = options.names or list(registry.names())
-    missing = [name for name in names if not up_to_date(name, options)]
-    if not options.write:
+    if options.speed:
+        for name in names:
+            if (ROWS / f"{name}.json").is_file() and "tokens_per_second" not in read(name):
+                run_worker(name, options)
+    elif not options.write:
+        missing = [name for name in names if not up_to_date(name, options)]
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda name: run_worker(name, options), missing))
     rows = {name: read(name) for name in names if (ROWS / f"{name}.json").is_file()}
@@ -60,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12_000, help="training tokens of a run, padding excluded")
     parser.add_argument("--jobs", type=int, default=2, help="methods that are measured at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--speed", action="store_true", help="measure speed and memory of the rows that lack them")
     parser.add_argument("--write", action="store_true", help="run nothing; put the rows that are there into README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -70,12 +77,18 @@ def run_worker(name: str, options: argparse.Namespace) -> None:
     digest = digest_of(name, options)  # of the code as it is before the run
     began = time.monotonic()
     command = [sys.executable, __file__, "--worker", name, "--tokens", str(options.tokens)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if options.speed:
+        command.append("--speed")
+        environment.pop("OMP_NUM_THREADS", None)
+    else:
+        environment["OMP_NUM_THREADS"] = str(options.threads)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:
         print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return
-    row = {"made_of": digest, **json.loads(done.stdout.splitlines()[-1])}
+    earlier = read(name) if options.speed else {"made_of": digest}
+    row = {**earlier, **json.loads(done.stdout.splitlines()[-1])}
     ROWS.mkdir(exist_ok=True)
     (ROWS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     print(f"{name}: {(time.monotonic() - began) / 60:.1f} min {row}", flush=True)
@@ -98,8 +111,24 @@ def digest_of(name: str, options: argparse.Namespace) -> str:
     recipe = ROOT / "recipes" / f"{name}.yaml"
     digest.update(settings(recipe).encode())
     for file in [*data_files(recipe), *sorted(modules_of(ROOT / "peftctl" / "methods" / f"{name}.py"))]:
-        digest.update(file.read_bytes())
+        digest.update(code_of(file) if file.suffix == ".py" else file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def code_of(file: Path) -> bytes:
+    """Return what a module does: its code without comments, docstrings and a method's card."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not is_text(line)] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree).encode()
+
+
+def is_text(line: ast.stmt) -> bool:
+    if isinstance(line, ast.Assign):
+        return isinstance(line.targets[0], ast.Name) and line.targets[0].id == "card"
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def settings(recipe: Path) -> str:
@@ -157,19 +186,34 @@ def measure(name: str, tokens: int) -> dict[str, Any]:
     return row(recipe, base, best, losses, figures[metric], first, metric) | {"grid": grid}
 
 
+def speed(name: str, tokens: int) -> dict[str, Any]:
+    """Return the tokens a second and the peak memory of a third of a run at the row's learning rate."""
+    import peftctl
+
+    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    steps = max(4, round(tokens / BATCH_SIZE / mean_tokens(recipe) / 3))
+    run = fitted(name, 0, read(name)["learning_rate"], steps)
+    return {key: run[key] for key in ("tokens_per_second", "peak_memory_bytes")}
+
+
 def trained(
     name: str, recipe: Any, seed: int, rate: float | None, steps: int | None, metrics: list[str], rows: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Train a recipe and measure the result; return (summary.json, figures)."""
+    run = fitted(name, seed, rate, steps)
+    return run, evaluated(str(RUNS / name), recipe, metrics, rows)
+
+
+def fitted(name: str, seed: int, rate: float | None, steps: int | None) -> dict[str, Any]:
+    """Train a recipe; return its summary.json."""
     import peftctl
 
-    out = RUNS / name
-    overrides = [f"train.output_dir={out}", "data.eval=null"]
+    overrides = [f"train.output_dir={RUNS / name}", "data.eval=null"]
     if rate is not None:
         overrides += [f"train.learning_rate={rate}", f"train.max_steps={steps}", f"train.batch_size={BATCH_SIZE}"]
         overrides += [f"train.seed={seed}", "train.gradient_accumulation=1"]
-    done = peftctl.train(peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides), fresh=True)
-    return dict(done.summary), evaluated(str(out), recipe, metrics, rows)
+    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
+    return dict(peftctl.train(recipe, fresh=True).summary)
 
 
 def evaluated(target: str, recipe: Any, metrics: list[str], rows: int) -> dict[str, float]:
@@ -229,8 +273,6 @@ def row(
         "share": run["trainable_parameters"] / run["total_parameters"],
         "steps": run["steps"],
         "tokens": run["train_tokens"],
-        "tokens_per_second": run["tokens_per_second"],
-        "peak_memory_bytes": run["peak_memory_bytes"],
         "adapter_bytes": run["adapter_bytes"],
     }
 
@@ -271,8 +313,8 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{row['metric_after']:.1%}",
         rate,
         f"{row['share']:.3%}",
-        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
-        "–" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}",
+        "–" if "peak_memory_bytes" not in row else f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "–" if row.get("tokens_per_second") is None else f"{row['tokens_per_second']:.0f}",
         size(row["adapter_bytes"]),
     ]
     return f"| {' | '.join(cells)} |\n"

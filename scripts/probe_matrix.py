@@ -14,6 +14,7 @@ Only methods whose code has changed since are tried again; `peftctl methods --ma
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import math
@@ -22,8 +23,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ STEPS, HALF, ROWS_A_STEP = 4, 2, 8
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.05, "nf4": 0.05, "int8": 0.05}
 SAME_TENSOR = {"float32": 1e-3, "bfloat16": 0.2, "nf4": 0.2, "int8": 0.2}
 """Largest difference of a loss (nats), and of a tensor as a share of its norm. Half types and quantised bases round."""
-SILENT = 240
-"""Seconds without a result after which a run counts as hanging."""
+SILENT, BUILDING = 60, 400
+"""Seconds without a result after which a run counts as hanging; before the first, DeepSpeed may compile."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def main() -> None:
 
     names = [name for name in options.methods or trained() if options.again or not matrix.up_to_date(name)]
     with tempfile.TemporaryDirectory() as folder:
-        found = probe(names, options.engines, options.storages, Path(folder))
+        found = probe(names, options.engines, options.storages, options.out or Path(folder))
     for name in names:
         matrix.record(name, found[name])
     print("\n".join(f"{name} {cell}: {why or 'holds'}" for name in names for cell, why in found[name].items()))
@@ -76,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also what has not changed")
     parser.add_argument("--worker", metavar="ENGINE", help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="keep the runs here; those that are there are not run again")
     return parser.parse_args()
 
 
@@ -87,7 +89,7 @@ def trained() -> list[str]:
     return [name for name in registry.names() if "trains" not in registry.get(name).card.gates_off]
 
 
-def runs_of(method: str, storages: list[str]) -> Iterator[Run]:
+def runs_of(method: str, storages: Sequence[str], *, checkpointing: bool = True) -> Iterator[Run]:
     """Yield what a method's card claims, the base in each storage."""
     from peftctl.methods import registry
 
@@ -97,16 +99,18 @@ def runs_of(method: str, storages: list[str]) -> Iterator[Run]:
         if needed.get(storage, "resume") in supports | {"resume"}:
             yield Run(method, storage, "straight")
             yield Run(method, storage, "resume")
-            if "gradient_checkpointing" in supports:
+            if checkpointing and "gradient_checkpointing" in supports:
                 yield Run(method, storage, "checkpointing")
 
 
 # -- the launches ----------------------------------------------------------------------------------------------------
 
 
-def probe(methods: list[str], engines: list[str], storages: list[str], folder: Path) -> dict[str, dict[str, str]]:
+def probe(
+    methods: Sequence[str], engines: Sequence[str], storages: Sequence[str], folder: Path, *, checkpointing: bool = True
+) -> dict[str, dict[str, str]]:
     """Return the cells of each method: `storage/engine` -> why not, or nothing."""
-    runs = [run for method in methods for run in runs_of(method, storages)]
+    runs = [run for method in methods for run in runs_of(method, storages, checkpointing=checkpointing)]
     for engine in dict.fromkeys(["single", *engines]):
         launch(engine, runs, folder / engine)
     cells: dict[str, dict[str, str]] = {method: {} for method in methods}
@@ -122,7 +126,7 @@ def probe(methods: list[str], engines: list[str], storages: list[str], folder: P
 def launch(engine: str, runs: list[Run], out: Path) -> None:
     """Go through the runs in one launch; one that hangs is noted, and the rest launched anew."""
     out.mkdir(parents=True, exist_ok=True)
-    left = list(runs)
+    left = [run for run in runs if not (out / f"{run.name}.json").is_file()]
     while left:
         todo = json.dumps([vars(run) for run in left])
         (out / "todo.json").write_text(todo)
@@ -133,28 +137,30 @@ def launch(engine: str, runs: list[Run], out: Path) -> None:
         with (out / "log.txt").open("a") as log:
             process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
             reason = wait(process, out, left)
-        left = [run for run in left if not (out / f"{run.name}.json").is_file()]
-        if len(left) == len(runs) and reason == "ended":
+        tried = [run for run in left if (out / f"{run.name}.json").is_file()]
+        left = left[len(tried) :]
+        failed_before = tried and json.loads((out / f"{tried[-1].name}.json").read_text())["error"]
+        if not tried and reason == "ended" and len(left) == len(runs) > 1:
             sys.exit(f"{engine}: no run came to a result\n{(out / 'log.txt').read_text()[-3000:]}")
-        if left:  # it hung, or took the process with it
+        # A run that fails in one process may leave the other waiting, which is not the next run's fault.
+        if left and not failed_before:
             error = f"{reason}: {(out / 'log.txt').read_text()[-300:]}" if reason == "ended" else reason
             (out / f"{left.pop(0).name}.json").write_text(json.dumps({"error": error}))
 
 
 def wait(process: subprocess.Popen, out: Path, runs: list[Run]) -> str:
     """Wait for a launch while results keep coming; return how it ended."""
-    done = -1
-    while True:
-        try:
-            process.wait(SILENT)
-            return "ended"
-        except subprocess.TimeoutExpired:
-            now = sum((out / f"{run.name}.json").is_file() for run in runs)
-            if now == done:
-                process.terminate()
-                process.wait()
-                return "hangs"
-            done = now
+    done, changed = 0, time.monotonic()
+    while process.poll() is None:
+        time.sleep(1)
+        now = sum((out / f"{run.name}.json").is_file() for run in runs)
+        if now > done:
+            done, changed = now, time.monotonic()
+        if time.monotonic() - changed > (SILENT if done else BUILDING):
+            process.terminate()
+            process.wait()
+            return "hangs"
+    return "ended"
 
 
 def compare(run: Run, single: Path, other: Path) -> str:
@@ -165,7 +171,7 @@ def compare(run: Run, single: Path, other: Path) -> str:
     found = json.loads((other / f"{run.name}.json").read_text())
     for result in (expected, found):
         if result["error"]:
-            return f"{run.kind}: {result['error']}"
+            return f"{run.kind}: {result['error']}".replace(str(other.parent), "")
     if found["world"] != (1 if other.name == "single" else 2):
         return f"{run.kind}: ran in {found['world']} processes"
     first = len(expected["losses"]) - len(found["losses"])
@@ -181,6 +187,8 @@ def compare(run: Run, single: Path, other: Path) -> str:
     for name, tensor in tensors.items():
         if others[name].shape != tensor.shape:
             return f"{run.kind}: {name} has shape {tuple(others[name].shape)}"
+        if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: its gradient is nothing but rounding
+            continue
         share = float((others[name] - tensor).norm() / tensor.norm().clamp_min(1e-12))
         if not share <= SAME_TENSOR[run.storage]:
             return f"{run.kind}: {name} differs by {share:.2g} of its norm"
@@ -194,20 +202,32 @@ def work(options: argparse.Namespace) -> None:
     """Go through the runs in this process, one of two or alone."""
     from peftctl.backends import device, processes
     from peftctl.cli import quiet_libraries
+    from tests import tiny
     from tests.methods.conformance import Bench
 
     quiet_libraries()
     processes.start()
     device.set_threads()
-    bench = Bench(options.out / f"bench-{processes.rank()}")
+    bench = Bench(options.out / "bench")
+    if not processes.is_first():  # the first one writes the tiny models
+        tiny.save_tiny = lambda folder, *_: folder
     for content in json.loads(Path(options.runs).read_text()):
         run = Run(**content)
+        straight = options.out / f"{run.method}-{run.storage}-straight.json"
+        if run.kind != "straight" and json.loads(straight.read_text())["error"]:
+            shutil.copy(straight, options.out / f"{run.name}.json") if processes.is_first() else None
+            continue
+        faulthandler.dump_traceback_later(SILENT - 10)  # where it hangs, into the log
         try:
             result = train(run, options.worker, bench, options.out)
         except Exception as error:
             traceback.print_exc()
-            line = (str(error).splitlines() or [""])[0]
-            result = {"error": f"{type(error).__name__}: {line}"[:200]}
+            # An assertion says nothing but its line.
+            line = (str(error).splitlines() or [traceback.extract_tb(error.__traceback__)[-1].line or ""])[0]
+            noted = options.out / f"{run.name}.json"
+            if not noted.is_file():  # by the other process, which this one has only lost
+                noted.write_text(json.dumps({"error": f"{type(error).__name__}: {line}"[:200]}))
+            os._exit(1)  # the engine is in no state to go on from, and the other process may wait for this one
         if processes.is_first():
             (options.out / f"{run.name}.json").write_text(json.dumps(result))
         gc.collect()
@@ -229,6 +249,8 @@ def train(run: Run, engine: str, bench: Any, out: Path) -> dict[str, Any]:
     from tests.methods.conformance import PROBE
     from tests.training.helpers import rows
 
+    with processes.first_goes_ahead():
+        bench.section(tiny_model(run.method))
     case = bench.case(run.method, tiny_model(run.method))
     recipe = recipe_of(case, run, engine, out / run.name)
     work = RunDir(out / run.name)

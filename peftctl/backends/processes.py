@@ -6,20 +6,27 @@ there is a single process, and nothing here does anything.
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from peftctl.errors import UsageError
+from peftctl.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from peftctl.backends.watch import Watch
 
 TIMEOUT = timedelta(hours=2)
 """Of a collective operation: one process may evaluate while the others wait. `Watch` notices dead ones much earlier."""
+_HEAD_START = 5.0
+"""Seconds that the process which prints an error has before another one that has met it too ends."""
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _watch: Watch | None = None
 
@@ -82,6 +89,22 @@ def start(*, alone: bool = False) -> None:
     distributed.init_process_group(backend, store=store, rank=own_rank, world_size=count, timeout=TIMEOUT)
     _watch = Watch(store, own_rank, count)
     _watch.start()
+    atexit.register(_leave)
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _leave() -> None:
+    """At the end of a script that has called `peftctl.train`: others may have more to do."""
+    if _watch is not None and not hasattr(sys, "last_value"):  # set where an exception has ended it
+        _watch.leave()
+
+
+def _terminated(number: int, _frame: object) -> None:
+    """End, but let the watch speak first: a launcher sends this to all others as soon as one has died."""
+    if _watch is not None:
+        _watch.explain(certain=False)
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
 def _join_nobody() -> None:
@@ -109,15 +132,18 @@ def stop() -> None:
 
 def end_in_failure(message: str, exit_code: int) -> bool:
     """Tell the others that this process can't go on; return whether it should print the reason itself."""
-    if _watch is None:
-        return size() == 1 or local_rank() == 0  # before they have met, each machine speaks for itself
+    if _watch is None:  # before they have met, the first of each machine speaks
+        if size() == 1 or local_rank() == 0:
+            return True
+        time.sleep(_HEAD_START)  # launchers end the others as soon as one has ended
+        return False
     return _watch.end_in_failure(message, exit_code)
 
 
 def explain_lost_peer() -> None:
     """Wait until it is known which process left a collective operation half done, and end; return where none did."""
     if _watch is not None:
-        _watch.explain()
+        _watch.explain(certain=True)
 
 
 def wait() -> None:

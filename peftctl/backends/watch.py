@@ -65,6 +65,14 @@ class Watch(threading.Thread):
         self.ended.set()
         self.join(INTERVAL + 1)
 
+    def leave(self) -> None:
+        """Watch no longer, and tell the others that this process ends because it is done."""
+        self.ended.set()
+        try:
+            self.store.set(f"left/{self.rank}", "1")
+        except (RuntimeError, OSError):
+            return  # the process that kept the store has ended, done as well
+
     def end_in_failure(self, message: str, exit_code: int) -> bool:
         """Tell the others why this process ends; return whether it should print that itself."""
         with self.lock:
@@ -75,16 +83,20 @@ class Watch(threading.Thread):
                 return True
             until = time.monotonic() + _HEARD
             while time.monotonic() < until:
-                if self.store.check([f"heard/{self.rank}"]):
+                if self.store.check([f"heard/{self.rank}"]) or self.store.check(["failed/0"]):
                     return False
                 time.sleep(0.1)
         except (RuntimeError, OSError, ValueError):
             pass
         return True
 
-    def explain(self) -> None:
-        """Give the thread time to find out who has ended; it ends this process."""
-        self.join(SILENCE + 4 * INTERVAL)
+    def explain(self, *, certain: bool) -> None:
+        """Give the thread time to find out who has ended; it ends this process.
+
+        Args:
+            certain: One has ended for certain, maybe on another machine; else return soon.
+        """
+        self.join((SILENCE if certain else 0) + 2 * INTERVAL + _GRACE)
 
     # -- one look ------------------------------------------------------------------------------------------------
 
@@ -97,10 +109,10 @@ class Watch(threading.Thread):
                 self._heard(other)
         for other in self.others:
             if self.store.check([f"beat/{other}"]) and (how := self._gone(other)):
-                # It may have said why just before.
-                if self.store.check([f"failed/{other}"]):
+                if self.store.check([f"failed/{other}"]):  # it has said why just before
                     self._heard(other)
-                self._end(how, 1)
+                elif not self.store.check([f"left/{other}"]):
+                    self._end(how, 1)
 
     def _heard(self, other: int) -> None:
         message, exit_code = json.loads(self.store.get(f"failed/{other}"))

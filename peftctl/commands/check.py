@@ -120,7 +120,7 @@ def check(
         raise UsageError(f"--device: expected cpu or cuda, got '{device}'")
     kind = device or devices.current_device().type
     total = parse_bytes(memory) if memory else devices.available_memory_bytes(kind)
-    ready = prepare(recipe, allow_stand_in=True, device=kind)
+    ready = prepare(recipe, allow_stand_in=True, device=kind, world_size=processes)
     recipe = ready.recipe
     machine = Machine(kind, processes, devices.current_memory_bytes() if kind == "cpu" else 0)
     planned = plan(ready, machine)

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftctl.commands import recipes
 from peftctl.commands.prepare import prepare
-from peftctl.methods import registry
+from peftctl.methods import _matrix, registry
 from peftctl.models.aliases import is_fetched
 from peftctl.models.load import meta_model
 from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe, Task
@@ -52,6 +52,14 @@ def describe(name: str) -> dict[str, Any]:
         "keys": keys,
         "implies": dict(method.defaults),
     }
+
+
+def describe_matrix() -> dict[str, Any]:
+    """Return which methods hold with which storage of the base through which engine, as far as it has been tried."""
+    cells = {name: dict(row["cells"]) for name, row in _matrix.rows().items()}
+    tried = {cell for row in cells.values() for cell in row}
+    columns = [f"{s}/{e}" for s in _matrix.STORAGES for e in _matrix.ENGINES if f"{s}/{e}" in tried]
+    return {"engines": _matrix.ENGINES, "columns": columns, "methods": cells}
 
 
 def _shipped_count(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from peftctl.backends import processes
 from peftctl.backends.device import current_device, fast_dtype
 from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_start
 from peftctl.data.classes import with_labels
@@ -17,7 +18,7 @@ from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError
 from peftctl.evaluation.metrics import metric_names
-from peftctl.methods import registry
+from peftctl.methods import _matrix, registry
 from peftctl.methods.base import Card, Context, Method
 from peftctl.models.aliases import cache_root
 from peftctl.models.classifier import Head
@@ -25,6 +26,7 @@ from peftctl.models.load import meta_model
 from peftctl.models.quantize import refuse_without_library
 from peftctl.models.vocabulary import add_tokens, fit_vocabulary
 from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe
+from peftctl.training.sharing import read_sharing
 
 
 @dataclass(frozen=True)
@@ -63,21 +65,25 @@ class Prepared:
     notices: Sequence[str]
 
 
-def prepare(recipe: Recipe, *, allow_stand_in: bool = False, device: str | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, *, allow_stand_in: bool = False, device: str | None = None, world_size: int | None = None
+) -> Prepared:
     """Check the method against the model's shapes, then read and encode the data.
 
     Args:
         recipe: The recipe.
         allow_stand_in: Plan with shipped shapes, and another tokenizer, where the model can't be had here.
         device: Kind of the device that is planned for; left out, this machine's.
+        world_size: How many processes are planned for; left out, those of this run.
 
     Raises:
-        UsageError: The method does not fit the task, the model or the training options.
+        UsageError: The method does not fit the task, the model, the training options or the engine.
         DataError: Rows are wrong, or too many have nothing to train on.
     """
     recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
+    refuse_unproven(recipe, world_size or processes.size())
     earlier_adapters(recipe)
     examples = None
     if recipe.model.task in CLASSIFICATION:  # the head has as many rows as the data have labels
@@ -206,6 +212,20 @@ def refuse_unsupported(recipe: Recipe, method: Method) -> None:
     for tracker in recipe.train.report_to:  # each is the name of its package
         if find_spec(tracker) is None:
             raise UsageError(f"train.report_to: {tracker} is not installed; pip install 'peftctl[{tracker}]'")
+
+
+def refuse_unproven(recipe: Recipe, world_size: int) -> None:
+    """Raise where trying the method through the engine that the recipe asks for has failed."""
+    stage = read_sharing(recipe, world_size, offloads=False).stage
+    engine = f"zero{stage}" if stage else ("single" if world_size == 1 else "ddp")
+    bits = recipe.quantization.bits
+    storage = {4: "nf4", 8: "int8"}[bits] if bits else ("float32" if recipe.model.dtype == "float32" else "bfloat16")
+    why = _matrix.refusal(recipe.method.name, storage, engine)
+    if why:
+        raise UsageError(
+            f"backend: {recipe.method.name} does not work through {_matrix.ENGINES[engine]} on a {storage} base: "
+            f"{why}; see `peftctl methods --matrix` for what does"
+        )
 
 
 def _optimizer_notices(recipe: Recipe, device: str) -> list[str]:

@@ -21,7 +21,7 @@ def rows() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
 
 
 def refusal(method: str, storage: str, engine: str) -> str | None:
-    """Return why a combination is not proven, or None where it is.
+    """Return why a combination does not hold; None where it does, or where neither it nor float32 has been tried.
 
     Args:
         method: Its name.
@@ -29,7 +29,8 @@ def refusal(method: str, storage: str, engine: str) -> str | None:
         engine: A key of `ENGINES`.
     """
     cells = rows().get(method, {}).get("cells", {})
-    return cells.get(f"{storage}/{engine}", "it has not been tried") or None
+    # What float32 can't do, no other storage can.
+    return cells.get(f"{storage}/{engine}") or cells.get(f"float32/{engine}") or None
 
 
 def up_to_date(method: str) -> bool:

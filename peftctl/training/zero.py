@@ -40,6 +40,7 @@ def optimizer_state(engine: Any, groups: Groups) -> dict[str, Any]:
 
     zero = engine.optimizer
     base = zero.optimizer
+    _link(zero)
     parts, scalars = _state_keys(zero)
     state: dict[int, dict[str, Any]] = {}
     for index, parameter in enumerate(p for group in groups for p in group):
@@ -74,8 +75,7 @@ def load_optimizer_state(engine: Any, groups: Groups, saved: Mapping[str, Any]) 
     for flat in _flat(zero):
         base.state[flat] = {key: torch.zeros_like(flat) for key in parts}
         base.state[flat] |= {key: _copied(value) for key, value in scalars.items()}
-    if not _stage3(zero):
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero)
     for index, parameter in enumerate(parameters):
         for key in parts:
             _set_state(zero, parameter, key, state[index][key])
@@ -117,6 +117,13 @@ def _set_state(zero: Any, parameter: Any, key: str | None, value: torch.Tensor) 
         safe_set_local_fp32_param(parameter, own)
     else:
         safe_set_local_optimizer_state(parameter, own, key)
+
+
+def _link(zero: Any) -> None:
+    """Let every parameter find its part of the state; DeepSpeed 0.19 forgets all groups but the first."""
+    if not _stage3(zero):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _state_keys(zero: Any) -> tuple[list[str], dict[str, Any]]:

@@ -55,7 +55,8 @@ def test_more_processes_than_gpus_is_refused(launched, monkeypatch):
         processes.start()
 
 
-def test_only_the_first_process_of_a_machine_speaks_before_they_have_met(launched):
+def test_only_the_first_process_of_a_machine_speaks_before_they_have_met(launched, monkeypatch):
+    monkeypatch.setattr(processes, "_HEAD_START", 0.0)
     launched(WORLD_SIZE="4", RANK="2", LOCAL_RANK="0")
     assert processes.end_in_failure("why", 2)
     launched(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1")

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +17,26 @@ from tests.commands.helpers import REPOSITORY, peftctl, write_recipe, write_rows
 LORA = {"name": "lora", "r": 4, "dropout": 0.0, "target_modules": "all-linear"}
 HALVED = ("train.batch_size=2", "train.gradient_accumulation=2")
 ZERO = "backend.name=deepspeed", "backend.config=configs/deepspeed/{}.json"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peftctl")
-ACCELERATE = (
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "peftctl",
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peftctl", "train",
 )  # fmt: skip
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "peftctl")
+DEEPSPEED = (
+    sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "peftctl", "train",
+)  # fmt: skip
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+GPUS = ("scripts/launch_gpus.sh", "-n", "2")
+ACCELERATE = ("scripts/launch_accelerate.sh", "-n", "2")
+NODES = ("scripts/launch_nodes.sh", "HOSTFILE")
 
 
 def start(launcher, *arguments):
     """Start a launcher without waiting for it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
+        [*launcher, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=environment,
         start_new_session=True,
     )  # fmt: skip
@@ -93,7 +100,9 @@ def single(recipe):
 def launched(launcher, recipe, name, *overrides):
     """Train through a launcher to the end; return the run directory and what was printed."""
     out = recipe.parent / name
-    code, printed = ended(start(launcher, "train", recipe, f"train.output_dir={out}", *HALVED, *overrides))
+    (recipe.parent / "hosts").write_text("localhost slots=2\n")
+    launcher = [str(recipe.parent / "hosts") if word == "HOSTFILE" else word for word in launcher]
+    code, printed = ended(start(launcher, recipe, f"train.output_dir={out}", *HALVED, *overrides))
     assert code == 0, printed[-3000:]
     assert json.loads((out / "environment.json").read_text())["world_size"] == 2
     return out, printed
@@ -101,8 +110,8 @@ def launched(launcher, recipe, name, *overrides):
 
 @pytest.mark.parametrize(
     ("name", "launcher", "stage"),
-    [("ddp", TORCHRUN, None), ("accelerate", ACCELERATE, None), ("zero1", ACCELERATE, "zero1"),
-     ("zero2_offload", TORCHRUN, "zero2_offload"), ("zero3", DEEPSPEED, "zero3")],
+    [("ddp", GPUS, None), ("zero1", ACCELERATE, "zero1"), ("zero2_offload", NODES, "zero2_offload"),
+     ("zero3", DEEPSPEED, "zero3")],
 )  # fmt: skip
 def test_two_processes_leave_what_one_leaves(recipe, single, name, launcher, stage):
     overrides = [key.format(stage) for key in ZERO] if stage else []
@@ -119,3 +128,108 @@ def test_two_processes_leave_what_one_leaves(recipe, single, name, launcher, sta
     }  # fmt: skip
     size = sum(file.stat().st_size for file in (run / "checkpoints" / "checkpoint-6").glob("trainable*"))
     assert size < 2 * 4 * sum(tensor.numel() for tensor in weights(run).values())  # the frozen base is not in it
+
+
+# -- processes that end ----------------------------------------------------------------------------------------------
+
+
+def rank_of(run, rank):
+    """Return the pid of the rank of a launched run."""
+    for entry in Path("/proc").iterdir():
+        try:
+            arguments = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+            variables = (entry / "environ").read_bytes().split(b"\0") if str(run) in arguments else []
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in variables:
+            return int(entry.name)
+    pytest.fail(f"rank {rank} is not there")
+
+
+def wait_for_step(run, step, process, timeout=120):
+    """Wait until a run has logged a step."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} never came: {ended(process, 5)[1][-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def long(recipe):
+    """A longer run: its overrides, and what one process comes to."""
+    overrides = ("train.max_steps=40", "train.learning_rate=0.002", "train.save_steps=4", "train.eval_steps=null")
+    out = recipe.parent / "long"
+    done = peftctl("train", recipe, f"train.output_dir={out}", *overrides)
+    assert done.returncode == 0, done.stderr
+    return overrides, out
+
+
+def killed(recipe, long, name, rank):
+    """Kill a rank in the middle of the longer run; return the run directory, and how it had been started."""
+    out = recipe.parent / name
+    arguments = (recipe, f"train.output_dir={out}", *HALVED, *long[0])
+    process = start(TORCHRUN, *arguments)
+    wait_for_step(out, 9, process)
+    pid = rank_of(out, rank)
+    os.kill(pid, signal.SIGKILL)
+    at = time.monotonic()
+    code, printed = ended(process)
+    assert code != 0 and time.monotonic() - at < 60
+    assert printed.count(f"error: rank {rank} (process {pid} on ") == 1 and "--resume" in printed
+    return out, arguments
+
+
+@LINUX
+def test_without_the_first_rank_another_one_tells(recipe, long):
+    killed(recipe, long, "killed-0", 0)
+
+
+@LINUX
+def test_a_run_whose_rank_was_killed_goes_on_through_another_engine(recipe, long):
+    out, arguments = killed(recipe, long, "killed-1", 1)
+    code, printed = ended(start(TORCHRUN, *arguments, *[key.format("zero2") for key in ZERO], "--resume"))
+    assert code == 0 and "resuming after step" in printed, printed[-3000:]
+    assert_same_run(out, long[1])
+
+
+def test_a_signal_to_the_launcher_stops_all_after_the_same_step(recipe, long):
+    overrides, straight = long
+    out = recipe.parent / "stopped"
+    arguments = (recipe, f"train.output_dir={out}", *HALVED, *overrides)
+    process = start(TORCHRUN, *arguments)
+    wait_for_step(out, 6, process)
+    process.send_signal(signal.SIGTERM)
+    code, printed = ended(process)
+    assert code != 0 and printed.count("error: stopped by SIGTERM after step ") == 1, printed[-3000:]
+    step = int(printed.partition("stopped by SIGTERM after step ")[2].split(";")[0])
+    assert (out / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    # One process goes on where two were stopped.
+    done = peftctl("train", recipe, f"train.output_dir={out}", "train.batch_size=8", *overrides, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, straight)
+
+
+def test_another_number_of_rows_a_step_is_refused_once(recipe, single):
+    code, printed = ended(start(TORCHRUN, recipe, f"train.output_dir={single}", "--resume"))
+    assert code != 0 and printed.count("error: ") == 1, printed[-3000:]
+    assert "rows a step (train.batch_size * train.gradient_accumulation * processes): 8 -> 16" in printed
+
+
+def test_what_is_wrong_is_said_once_and_nothing_is_written(recipe):
+    out = recipe.parent / "wrong"
+    code, printed = ended(start(TORCHRUN, recipe, f"train.output_dir={out}", "train.batchsize=2"))
+    assert code != 0 and printed.count("did you mean 'batch_size'?") == 1 and not out.exists()
+    code, printed = ended(start(TORCHRUN, recipe, f"train.output_dir={out}", "method.target_modules=[nothing]"))
+    assert code != 0 and printed.count("error: ") == 1 and "nothing" in printed and not out.exists(), printed[-3000:]
+
+
+def test_rows_are_encoded_once_and_a_script_of_ones_own_ends_in_peace(tmp_path, tiny_dir):
+    recipe = write_recipe(tmp_path, tiny_dir, method=LORA)
+    write_rows(recipe.parent / "train.jsonl", count=22, first=int(time.time()))  # not in the cache yet
+    script = REPOSITORY / "tests" / "commands" / "encodes_once.py"
+    code, printed = ended(start([*TORCHRUN[: TORCHRUN.index("2") + 1], str(script)], recipe))
+    assert code == 0, printed[-3000:]
+    assert [f"rank {rank} has adapter after 6 steps" in printed for rank in (0, 1)] == [True, True]
+    assert "error" not in printed

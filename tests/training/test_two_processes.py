@@ -1,4 +1,4 @@
-"""Two processes train what one does, stage after stage: real DeepSpeed and gloo on the CPU."""
+"""Two processes train what one does: real DeepSpeed and gloo on the CPU."""
 
 import json
 import os
@@ -8,17 +8,18 @@ import sys
 import pytest
 import torch
 
+from peftctl.methods import _matrix, registry
+from scripts import probe_matrix
 from tests.commands.helpers import REPOSITORY
 
 WORKER = REPOSITORY / "tests" / "training" / "two_processes.py"
 ZERO2 = REPOSITORY / "configs" / "deepspeed" / "zero2.json"
-KINDS = ("lora", "two_stages", "fishmask")
 
 
-def launched(folder, name, processes, config=None):
+def launched(folder, processes, config=None):
     """Run the worker; return what its first process wrote."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), name, str(folder)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *([str(config)] if config else [])],
@@ -33,10 +34,9 @@ def losses(result):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_zero2_in_two_processes_equals_one_process_also_between_stages(tmp_path, name):
-    one = launched(tmp_path / "one", name, 1)
-    two = launched(tmp_path / "two", name, 2, ZERO2)
+def test_zero2_in_two_processes_equals_one_process_also_between_stages(tmp_path):
+    one = launched(tmp_path / "one", 1)
+    two = launched(tmp_path / "two", 2, ZERO2)
     assert [kind for kind, _, _ in two["seen"]] == ["DeepSpeedEngine"] * len(one["seen"])
     assert {world for _, world, _ in two["seen"]} == {2}
     assert [owned for _, _, owned in two["seen"]] == [owned for _, _, owned in one["seen"]]
@@ -47,3 +47,35 @@ def test_zero2_in_two_processes_equals_one_process_also_between_stages(tmp_path,
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == one["steps"]
     for key, tensor in one["tensors"].items():
         torch.testing.assert_close(two["tensors"][key], tensor, rtol=0, atol=1e-5)
+
+
+# One method of each shape: a tuner, base weights, groups, a callback with a loss, an initialisation, restarts, a
+# calibration, a prompt.
+SPREAD = ("adalora", "fishmask", "full", "houlsby", "lora", "lora_plus", "pissa", "prompt_tuning", "relora")
+ENGINES = ("ddp", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """What a spread of the methods comes to through each engine, tried now."""
+    folder = tmp_path_factory.mktemp("matrix")
+    return probe_matrix.probe(SPREAD, ENGINES, ["float32"], folder, checkpointing=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SPREAD)
+def test_the_matrix_says_what_happens(tried, name, engine):
+    recorded = _matrix.rows()[name]["cells"]
+    cell = f"float32/{engine}"
+    assert bool(tried[name][cell]) == bool(recorded[cell]), tried[name][cell]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_and_full_hold_through_every_engine(tried, engine):
+    assert tried["lora"][f"float32/{engine}"] == tried["full"][f"float32/{engine}"] == ""
+
+
+def test_the_matrix_has_every_method_that_trains_as_its_code_is_now():
+    names = [name for name in registry.names() if "trains" not in registry.get(name).card.gates_off]
+    assert sorted(_matrix.rows()) == sorted(names)
+    assert all(_matrix.up_to_date(name) for name in names)

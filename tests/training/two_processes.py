@@ -1,6 +1,6 @@
 """Trains a workload on a tiny Llama in this process, one of WORLD_SIZE; the first one writes what came out.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/training/two_processes.py METHOD OUT [ZERO_CONFIG]
+python -m torch.distributed.run --nproc_per_node 2 tests/training/two_processes.py OUT [ZERO_CONFIG]
 """
 
 import os
@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 
 from peftctl.methods.base import Context, Stage
-from peftctl.methods.fishmask import Config as FishMaskConfig
-from peftctl.methods.fishmask import Method as FishMask
 from peftctl.methods.lora import Config, Method
 from peftctl.recipe.schema import BackendSection
 from peftctl.training import stages
 from peftctl.training.trainer import MethodTrainer
 from tests.tiny import tiny_llama
-from tests.training.helpers import trained_tensors, workload
+from tests.training.helpers import workload
 
 
 class TwoStages(Method):
@@ -33,25 +31,12 @@ class TwoStages(Method):
                 parameter.requires_grad_((stage.name == "lower") == (".layers.0." in name or ".layers.1." in name))
 
 
-def lora():
-    return Method(Config(r=4, target_modules="all-linear"))
-
-
-def two_stages():
-    return TwoStages(Config(r=4, target_modules="all-linear"))
-
-
-def fishmask():
-    return FishMask(FishMaskConfig(keep=0.05, rows=8))
-
-
-METHODS = {"lora": lora, "two_stages": two_stages, "fishmask": fishmask}
-
-
-def main(name, out, config=None):
+def main(out, config=None):
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     # Rows of a step are dealt to processes: the global batch is 4 rows in either case.
-    work = workload(Path(out) / f"rank{rank}", METHODS[name](), batch_size=4 // world)
+    work = workload(
+        Path(out) / f"rank{rank}", TwoStages(Config(r=4, target_modules="all-linear")), batch_size=4 // world
+    )
     if config:
         backend = BackendSection(name="deepspeed", config=config)
         work = replace(work, recipe=work.recipe.model_copy(update={"backend": backend}))
@@ -74,7 +59,7 @@ def main(name, out, config=None):
         after = {name: p.detach() for name, p in model.named_parameters()}
         moved = [name for name, p in before.items() if not torch.equal(p, after[name])]
         content = {
-            "seen": seen, "moved": moved, "tensors": trained_tensors(model) if name != "two_stages" else after,
+            "seen": seen, "moved": moved, "tensors": after,
             "tokens": totals.train_tokens, "supervised": totals.supervised_tokens, "steps": totals.steps,
             "lines": work.run.metrics.read_text(),
         }  # fmt: skip
