@@ -26,7 +26,7 @@ from peftctl.models.load import meta_model
 from peftctl.models.quantize import refuse_without_library
 from peftctl.models.vocabulary import add_tokens, fit_vocabulary
 from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe
-from peftctl.training.sharing import read_sharing
+from peftctl.training.sharing import Sharing, read_sharing
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Prepared:
         trainable: Trainable parameters, by the method's closed form.
         total: Parameters of the base.
         applied: The model with the method applied, on the meta device.
+        zero_stage: Of the DeepSpeed configuration; None without one.
         notices: What the method's configuration selects, where the recipe alone does not tell, and what this machine
             does otherwise.
     """
@@ -62,6 +63,7 @@ class Prepared:
     trainable: int
     total: int
     applied: Any
+    zero_stage: int | None
     notices: Sequence[str]
 
 
@@ -83,7 +85,9 @@ def prepare(
     recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
-    refuse_unproven(recipe, world_size or processes.size())
+    refuse_float16(recipe, method.card, device or current_device().type)
+    sharing = read_sharing(recipe, world_size or processes.size(), offloads=False, autocast=method.autocast)
+    refuse_unproven(recipe, sharing)
     earlier_adapters(recipe)
     examples = None
     if recipe.model.task in CLASSIFICATION:  # the head has as many rows as the data have labels
@@ -119,6 +123,7 @@ def prepare(
         trainable=trainable,
         total=total,
         applied=applied,
+        zero_stage=sharing.stage,
         notices=notices,
     )
 
@@ -214,10 +219,15 @@ def refuse_unsupported(recipe: Recipe, method: Method) -> None:
             raise UsageError(f"train.report_to: {tracker} is not installed; pip install 'peftctl[{tracker}]'")
 
 
-def refuse_unproven(recipe: Recipe, world_size: int) -> None:
+def refuse_float16(recipe: Recipe, card: Card, device: str) -> None:
+    """Raise where small gradients would vanish: the loss must be scaled in float16, which a CPU has no scaler for."""
+    if recipe.model.dtype == "float16" and device == "cpu" and "trains" not in card.gates_off:
+        raise UsageError("model.dtype: float16 trains on GPUs only; take bfloat16, float32 or auto")
+
+
+def refuse_unproven(recipe: Recipe, sharing: Sharing) -> None:
     """Raise where trying the method through the engine that the recipe asks for has failed."""
-    stage = read_sharing(recipe, world_size, offloads=False).stage
-    engine = f"zero{stage}" if stage else ("single" if world_size == 1 else "ddp")
+    engine = f"zero{sharing.stage}" if sharing.stage else ("single" if sharing.processes == 1 else "ddp")
     bits = recipe.quantization.bits
     storage = {4: "nf4", 8: "int8"}[bits] if bits else ("float32" if recipe.model.dtype == "float32" else "bfloat16")
     why = _matrix.refusal(recipe.method.name, storage, engine)

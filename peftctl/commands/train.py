@@ -36,7 +36,6 @@ from peftctl.models.quantize import parameter_count
 from peftctl.recipe.schema import Recipe
 from peftctl.training.checkpoints import Whole, restore
 from peftctl.training.report import loss_curve
-from peftctl.training.sharing import read_sharing
 from peftctl.training.stages import Trained, Workload, run_stages
 
 
@@ -70,7 +69,6 @@ def train(
         PeftctlError: A known problem, see `peftctl.errors`.
     """
     deepspeed = recipe.backend.name == "deepspeed"
-    read_sharing(recipe, processes.size(), offloads=False)
     devices.start_process(deepspeed=deepspeed)
     processes.start(alone=deepspeed)
     first = processes.is_first()
@@ -155,8 +153,7 @@ class _Run:
     def _base(self) -> Any:
         """Return the model before the method is attached."""
         # An engine that divides the weights gets them from main memory: whole, they may not fit on a device.
-        divided = read_sharing(self.recipe, processes.size(), offloads=False).stage == 3
-        base = load_base(self.ready, torch.device("cpu") if divided else self.device)
+        base = load_base(self.ready, torch.device("cpu") if self.ready.zero_stage == 3 else self.device)
         # Of what lies on disk, so before rows of new tokens.
         self.base_fingerprint = base_fingerprint(self.recipe.model, base)
         fit_rows(base, self.recipe, self.ready.tokenizer)

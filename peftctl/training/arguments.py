@@ -21,7 +21,8 @@ def library_arguments(
     Args:
         recipe: The run's recipe.
         run: Where checkpoints go.
-        autocast: Run the forward in the recipe's dtype over float32 weights.
+        autocast: Run the forward in the recipe's dtype over float32 weights; in float16 it always does, since only so
+            does the library scale the loss, without which small gradients vanish.
         max_steps: Optimizer steps of the stage, or -1 for the recipe's epochs.
         use_cpu: No accelerator is present.
         select: Remember the lowest held-out loss.
@@ -50,7 +51,8 @@ def library_arguments(
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         bf16=autocast and recipe.model.dtype == "bfloat16",
-        fp16=autocast and recipe.model.dtype == "float16",
+        fp16=recipe.model.dtype == "float16",
+        tf32=None if train.tf32 else False,  # None takes it where the hardware has it
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_strategy="steps",

@@ -116,8 +116,10 @@ def plan_memory(
     stored = quantised_layers(model, recipe.quantization)
     quantised = {id(m.weight) for m in stored.values()}
     plain = [p for p in model.parameters() if id(p) not in quantised]
-    share = read_sharing(recipe, machine.processes, offloads=machine.kind != "cpu")
-    state = share.state(plain, optimizer_bytes(recipe, plain), model.get_input_embeddings().weight.shape[-1])
+    share = read_sharing(recipe, machine.processes, offloads=machine.kind != "cpu", autocast=method.autocast)
+    packed, scales = quantised_bytes(model, recipe.quantization)
+    hidden = model.get_input_embeddings().weight.shape[-1]
+    state = share.state(plain, optimizer_bytes(recipe, plain), hidden, packed)
     settings = _settings(recipe, method, stored, share, machine)
     step, traced = _step(model, rows, collate, recipe, settings, machine.processes)
     optimizer, host = state.optimizer, state.host
@@ -126,7 +128,7 @@ def plan_memory(
     return MemoryPlan(
         device=machine.kind,
         weights=state.weights,
-        quantised=quantised_bytes(model, recipe.quantization),
+        quantised=state.quantised + scales,
         gradients=state.gradients if settings.accumulates else step.gradients,
         optimizer=optimizer,
         activations=step.activations,
@@ -157,24 +159,26 @@ def quantised_layers(model: Any, quantization: QuantizationSection) -> dict[str,
     }
 
 
-def quantised_bytes(model: Any, quantization: QuantizationSection) -> int:
-    """Return the bytes of the quantised weights with their scales, as bitsandbytes stores them.
+def quantised_bytes(model: Any, quantization: QuantizationSection) -> tuple[int, int]:
+    """Return the bytes of the quantised weights, and those of their scales, as bitsandbytes stores them.
 
     4 bits and a float32 scale a block of 64 weights, 4.5 bits; with double quantisation the scales take 8 bits and one
     float32 a block of 256 of them, 4.127 bits (Dettmers et al. 2023). 8 bits and a float32 scale a row of int8.
     """
-    total = 0
+    weights = scales = 0
     for layer in quantised_layers(model, quantization).values():
         size = layer.weight.numel()
         blocks = math.ceil(size / 64)
         if quantization.bits == 8:
-            rows = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-            total += size + 4 * rows
-        elif quantization.double_quant is False:
-            total += math.ceil(size / 2) + 4 * blocks + _TABLE
+            weights += size
+            scales += 4 * layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+            continue
+        weights += math.ceil(size / 2)
+        if quantization.double_quant is False:
+            scales += 4 * blocks + _TABLE
         else:
-            total += math.ceil(size / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 + _TABLE + _NESTED_TABLE
-    return total
+            scales += blocks + 4 * math.ceil(blocks / 256) + 4 + _TABLE + _NESTED_TABLE
+    return weights, scales
 
 
 _TABLE, _NESTED_TABLE = 16 * 4, 256 * 4

@@ -21,6 +21,7 @@ _BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
 _HALF, _FULL = 2, 4
 _OURS = ("optimizer", "scheduler")
+_HALF_TYPES = ("bf16.enabled", "fp16.enabled")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class State:
     """Bytes that stay from step to step in one process; `host` is main memory where the device has its own."""
 
     weights: int
+    quantised: int
     gradients: int
     optimizer: int
     buffers: int
@@ -59,13 +61,14 @@ class Sharing:
         """Whether gradients, or a copy of them, stay while activations are there."""
         return self.stage is not None or self.processes > 1
 
-    def state(self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int) -> State:
+    def state(self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int, quantised: int = 0) -> State:
         """Return the bytes of one process.
 
         Args:
             parameters: All that are not quantised.
             optimizer: Bytes of the optimizer's state without sharing.
             hidden: Width of the model, which `auto` sizes follow.
+            quantised: Bytes of the quantised weights, whose scales nothing shares.
         """
         everything = list(parameters)
         trained = [p for p in everything if p.requires_grad]
@@ -74,7 +77,7 @@ class Sharing:
             gradients = sum(p.numel() * p.element_size() for p in trained)
             copies = gradients if self.processes > 1 else 0  # the buckets that are sent
             weights = sum(p.numel() * p.element_size() for p in everything)
-            return State(weights, gradients, optimizer, copies, 0)
+            return State(weights, quantised, gradients, optimizer, copies, 0)
         width = _HALF if self.half else _FULL
         weights = sum(p.numel() * min(p.element_size(), width) for p in everything)
         gradients = count * width
@@ -89,10 +92,10 @@ class Sharing:
             gradients = 0 if self.stage >= 2 else gradients
         if self.stage == 3:
             buffers += 2 * self._largest_gathered(everything, width)
-            weights = self._share(weights, 3)
+            weights, quantised = self._share(weights, 3), self._share(quantised, 3)
             if self.offload_weights:
-                host, weights = host + weights, 0
-        return State(weights, gradients, optimizer, buffers, host)
+                host, weights, quantised = host + weights + quantised, 0, 0
+        return State(weights, quantised, gradients, optimizer, buffers, host)
 
     def _share(self, size: int, from_stage: int) -> int:
         return -(-size // self.processes) if (self.stage or 0) >= from_stage else size
@@ -109,28 +112,30 @@ class Sharing:
         return max((p.numel() * width for p in parameters), default=0)
 
 
-def read_sharing(recipe: Recipe, processes: int, *, offloads: bool) -> Sharing:
+def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: bool) -> Sharing:
     """Return how a recipe's run spreads its tensors.
 
     Args:
-        recipe: With `backend:`.
+        recipe: With `backend:` and a concrete dtype.
         processes: How many train together.
         offloads: The device has a memory of its own; else offloading moves nothing.
+        autocast: The method trains float32 weights under autocast, see `Method.autocast`.
 
     Raises:
-        UsageError: The DeepSpeed configuration is missing, no JSON, names no stage from 1 to 3, or sets what the
-            recipe's `train:` section does.
+        UsageError: The DeepSpeed configuration is missing, no JSON, names no stage from 1 to 3, or contradicts the
+            recipe.
     """
     if recipe.backend.name == "single":
         return Sharing(processes)
     if recipe.backend.config is None:
         raise UsageError("backend.config: deepspeed needs a configuration, e.g. configs/deepspeed/zero2.json")
     where = f"backend.config: {recipe.backend.config}"
+    ours = _recipe_settings(recipe, processes, autocast)
     try:
         content = json.loads(Path(recipe.backend.config).read_text(encoding="utf-8"))
         zero = dict(content.get("zero_optimization", {}))
         stage = zero.get("stage", 0)
-        half = any(content.get(kind, {}).get("enabled") in (True, "auto") for kind in ("bf16", "fp16"))
+        theirs = {key: _at(content, key) for key in ours}
         places = {
             kind: dict(zero.get(f"offload_{kind}") or {}).get("device", "none") for kind in ("optimizer", "param")
         }
@@ -138,14 +143,35 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool) -> Sharing:
         raise UsageError(f"{where}: can't be read as a DeepSpeed configuration: {error}") from error
     if stage not in (1, 2, 3):
         raise UsageError(f"{where}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}")
-    ours = [key for key in _OURS if key in content]
-    if ours:
-        raise UsageError(f"{where}: {ours[0]}: the recipe's `train:` section decides about it; remove it there")
+    if decided := [key for key in _OURS if key in content]:
+        raise UsageError(f"{where}: {decided[0]}: the recipe's `train:` section decides about it; remove it there")
+    for key, value in theirs.items():
+        if value not in (None, "auto", ours[key]):
+            raise UsageError(f'{where}: {key}: got {value!r}, but the recipe comes to {ours[key]!r}; set it to "auto"')
     return Sharing(
         processes,
         stage,
-        half=half and recipe.model.dtype != "float32",
+        half=any(ours[key] and theirs[key] for key in _HALF_TYPES),
         offload_optimizer=offloads and places["optimizer"] != "none",
         offload_weights=offloads and stage == 3 and places["param"] != "none",
         settings=zero,
     )
+
+
+def _recipe_settings(recipe: Recipe, processes: int, autocast: bool) -> dict[str, Any]:
+    """Return what the library puts in the place of `auto`, by the configuration's keys."""
+    train, dtype = recipe.train, recipe.model.dtype
+    return {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "train_batch_size": train.batch_size * train.gradient_accumulation * processes,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16.enabled": dtype == "bfloat16" and autocast,
+        "fp16.enabled": dtype == "float16",
+    }
+
+
+def _at(content: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key; None where there is none."""
+    section, _, name = key.rpartition(".")
+    return (content.get(section, {}) if section else content).get(name)

@@ -35,6 +35,8 @@ from peftctl.training.workload import StageRun
 
 _SHOWN = 8
 """Rows that an error names."""
+_LOWEST_SCALE = 1.0
+"""Of float16's loss scaler, which begins at 65,536: a gradient that is still not finite here is no matter of scale."""
 
 
 class _EpochLoader(DataLoader):
@@ -168,10 +170,16 @@ class MethodTrainer(EngineTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm before clipping, and keep a gradient that is not finite from the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 the loss scaler skips the step.
-        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+        if not torch.isfinite(torch.as_tensor(norm)) and not self._scaler_skips():
             self._on_nan()
         return norm
+
+    def _scaler_skips(self) -> bool:
+        """Tell whether float16's loss scaler leaves the step out and goes on with a smaller scale."""
+        scaler = self.accelerator.scaler
+        if scaler is None:  # DeepSpeed has one of its own
+            return self.is_deepspeed_enabled and self.args.fp16
+        return scaler.get_scale() > _LOWEST_SCALE
 
     def _on_nan(self) -> None:
         """Leave the step out, or end the run, as the recipe says; all processes have the same gradient.

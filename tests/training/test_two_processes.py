@@ -13,16 +13,16 @@ from scripts import probe_matrix
 from tests.commands.helpers import REPOSITORY
 
 WORKER = REPOSITORY / "tests" / "training" / "two_processes.py"
-ZERO2 = REPOSITORY / "configs" / "deepspeed" / "zero2.json"
+ZERO2, ZERO3 = (REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json" for stage in (2, 3))
 
 
-def launched(folder, processes, config=None):
+def launched(folder, processes, *options):
     """Run the worker; return what its first process wrote."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *([str(config)] if config else [])],
+        [*command, *map(str, options)],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,9 +49,16 @@ def test_zero2_in_two_processes_equals_one_process_also_between_stages(tmp_path)
         torch.testing.assert_close(two["tensors"][key], tensor, rtol=0, atol=1e-5)
 
 
-# One method of each shape: a tuner, base weights, groups, a callback with a loss, an initialisation, restarts, a
-# calibration, a prompt.
-SPREAD = ("adalora", "fishmask", "full", "houlsby", "lora", "lora_plus", "pissa", "prompt_tuning", "relora")
+def test_zero3_divides_4_bit_weights(tmp_path):
+    two = launched(tmp_path, 2, ZERO3, "nf4")
+    held, whole = two["shares"][0]
+    blocks = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of the tiny Llama, weights
+    assert whole == blocks // 2 and held == whole // 2
+    assert two["steps"] == 6 and torch.isfinite(torch.tensor(losses(two))).all()
+
+
+# A tuner, base weights, a callback with a loss, restarts, a calibration, a prompt.
+SPREAD = ("adalora", "fishmask", "full", "lora", "prompt_tuning", "relora")
 ENGINES = ("ddp", "zero2", "zero3")
 
 

@@ -1,6 +1,6 @@
 """Trains a workload on a tiny Llama in this process, one of WORLD_SIZE; the first one writes what came out.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/training/two_processes.py OUT [ZERO_CONFIG]
+python -m torch.distributed.run --nproc_per_node 2 tests/training/two_processes.py OUT [ZERO_CONFIG [nf4]]
 """
 
 import os
@@ -12,10 +12,11 @@ import torch
 
 from peftctl.methods.base import Context, Stage
 from peftctl.methods.lora import Config, Method
-from peftctl.recipe.schema import BackendSection
+from peftctl.models.load import load_model
+from peftctl.recipe.schema import BackendSection, ModelSection, QuantizationSection
 from peftctl.training import stages
 from peftctl.training.trainer import MethodTrainer
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny, tiny_llama
 from tests.training.helpers import workload
 
 
@@ -31,35 +32,52 @@ class TwoStages(Method):
                 parameter.requires_grad_((stage.name == "lower") == (".layers.0." in name or ".layers.1." in name))
 
 
-def main(out, config=None):
+def quantised_bytes(model):
+    """Return the bytes of quantised weights that this process holds, and those of the whole ones."""
+    held = whole = 0
+    for p in model.parameters():
+        if p.dtype is torch.uint8 and hasattr(p, "ds_tensor"):
+            held += p.ds_tensor.nbytes + p.data.nbytes
+            whole += p.ds_numel * p.element_size()
+    return held, whole
+
+
+def quantised_llama(folder):
+    """Return the tiny Llama from disk, in 4 bits."""
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    return load_model(section, device="cpu", quantization=QuantizationSection(bits=4))
+
+
+def main(out, config=None, storage="float32"):
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     # Rows of a step are dealt to processes: the global batch is 4 rows in either case.
-    work = workload(
-        Path(out) / f"rank{rank}", TwoStages(Config(r=4, target_modules="all-linear")), batch_size=4 // world
-    )
+    method = Method if storage == "nf4" else TwoStages
+    work = workload(Path(out) / f"rank{rank}", method(Config(r=4, target_modules="all-linear")), batch_size=4 // world)
     if config:
         backend = BackendSection(name="deepspeed", config=config)
         work = replace(work, recipe=work.recipe.model_copy(update={"backend": backend}))
-    seen = []
+    seen, shares = [], []
     train = MethodTrainer.train
 
     def watched(trainer, **options):
         result = train(trainer, **options)
         owned = sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad)
         seen.append((type(trainer.model_wrapped).__name__, trainer.args.world_size, owned))
+        shares.append(quantised_bytes(trainer.model))
         return result
 
     MethodTrainer.train = watched
     torch.manual_seed(0)
-    model = work.method.apply(tiny_llama(), Context(work.recipe))
+    base = quantised_llama(save_tiny(Path(out) / f"tiny{rank}")) if storage == "nf4" else tiny_llama()
+    model = work.method.apply(base, Context(work.recipe))
     work.method.calibrate(model, (work.collate([row]) for row in work.train_rows))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     totals = stages.run_stages(work, model, None)
     if rank == 0:
-        after = {name: p.detach() for name, p in model.named_parameters()}
-        moved = [name for name, p in before.items() if not torch.equal(p, after[name])]
+        after = {name: p.detach() for name, p in model.named_parameters() if p.shape == before[name].shape}
+        moved = [name for name, p in after.items() if not torch.equal(p, before[name])]
         content = {
-            "seen": seen, "moved": moved, "tensors": after,
+            "seen": seen, "shares": shares, "moved": moved, "tensors": after,
             "tokens": totals.train_tokens, "supervised": totals.supervised_tokens, "steps": totals.steps,
             "lines": work.run.metrics.read_text(),
         }  # fmt: skip
