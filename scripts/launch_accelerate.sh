@@ -8,22 +8,9 @@
 # launch_nodes.sh.
 set -euo pipefail
 
-count=""
-if [ "${1:-}" = "-n" ]; then
-    count="$2"
-    shift 2
-fi
-if [ $# -eq 0 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
-    exit 2
-fi
-if [ -z "$count" ]; then
-    count=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-    if [ "$count" -eq 0 ]; then
-        echo "no GPU found; give the number of processes with -n" >&2
-        exit 2
-    fi
-fi
+usage=2,8
+# shellcheck source=scripts/_processes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_processes.sh"
 several=()
 if [ "$count" -gt 1 ]; then
     several=(--multi_gpu)

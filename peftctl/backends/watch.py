@@ -13,10 +13,10 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from peftctl import console
+from peftctl.backends.pids import running
 
 INTERVAL = 2.0
 """Seconds between two looks."""
@@ -125,7 +125,7 @@ class Watch(threading.Thread):
         text = self.store.get(f"beat/{other}").decode()
         host, pid, _ = json.loads(text)
         named = f"rank {other} (process {pid} on {host.split()[0]})"
-        if host == self.host and not _exists(pid):
+        if host == self.host and not running(pid):
             return f"{named} has ended without a message: killed by a signal, by lack of memory, or by a crash"
         now = time.monotonic()
         before, since = self.seen.get(other, ("", now))
@@ -162,20 +162,3 @@ def _pid_namespace() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
-
-
-def _exists(pid: int) -> bool:
-    """Tell whether a process of this machine runs; one that has ended and waits for its parent does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.parent.parent.is_dir() and Path("/proc/self").exists():
-        try:
-            return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-        except OSError:
-            return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

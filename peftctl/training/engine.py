@@ -48,6 +48,11 @@ class EngineTrainer(Trainer):
         super().__init__(model=model, **options)
 
     @property
+    def total_step(self) -> int:
+        """Optimizer steps since the run began, over all stages."""
+        return self.stage.mark.offset + self.state.global_step
+
+    @property
     def zero_stage(self) -> int:
         """What the processes divide, by ZeRO's stages; 0 where each holds everything."""
         return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from peftctl.evaluation.loss import held_out_loss
 from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
-from peftctl.training.checkpoints import StageMark, Whole, read_state, read_tensors
-from peftctl.training.engine import EngineTrainer
+from peftctl.training.checkpoints import StageMark
 from peftctl.training.noise import noisy_embeddings
 from peftctl.training.report import MetricsFile
+from peftctl.training.selection import SelectingTrainer
 from peftctl.training.workload import StageRun
 
 _SHOWN = 8
@@ -60,7 +59,7 @@ def _product(shape: Callable[[int], float], factor: Callable[[int], float]) -> C
     return lambda step: shape(step) * factor(step)
 
 
-class MethodTrainer(EngineTrainer):
+class MethodTrainer(SelectingTrainer):
     """Trains one stage of one method.
 
     Args:
@@ -220,11 +219,6 @@ class MethodTrainer(EngineTrainer):
 
     # -- log and evaluate ----------------------------------------------------------------------------------------
 
-    @property
-    def total_step(self) -> int:
-        """Optimizer steps since the run began, over all stages."""
-        return self.stage.mark.offset + self.state.global_step
-
     def seconds(self) -> float:
         """Training time of the run so far."""
         return self.seconds_before + time.monotonic() - self.started
@@ -274,77 +268,6 @@ class MethodTrainer(EngineTrainer):
         passed = time.monotonic() - began
         self.started, self.logged_at = self.started + passed, self.logged_at + passed
         return metrics
-
-    # -- the best weights ----------------------------------------------------------------------------------------
-
-    @property
-    def best_step(self) -> int | None:
-        """Optimizer steps of the run at the lowest held-out loss; None before there is one."""
-        best = self.state.best_global_step
-        return None if best is None else self.stage.mark.offset + best
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether the stage ended before its last step for want of a new lowest held-out loss."""
-        return self._ends_after(self._waited())
-
-    def _waited(self) -> int:
-        """Return how many held-out losses since the lowest one are in the log, which a checkpoint holds too."""
-        measured = [line["step"] for line in self.state.log_history if "eval_loss" in line]
-        return sum(step > (self.best_step or 0) for step in measured)
-
-    def _ends_after(self, waited: int) -> bool:
-        patience = self.stage.recipe.train.early_stopping if self.stage.is_main else None
-        return patience is not None and waited >= patience and self.state.global_step < self.state.max_steps
-
-    def _select(self, metrics: dict[str, float]) -> dict[str, Any]:
-        """Compare a held-out loss with the lowest one, which the library keeps in the state; return what to log."""
-        waited = self._waited() + 1
-        if self._determine_best_metric(metrics, None):
-            waited = 0
-            self.control.should_save |= self.stage.recipe.train.load_best
-        best = {} if self.best_step is None else {"best_step": self.best_step, "best_eval_loss": self.state.best_metric}
-        if not self._ends_after(waited):
-            return best
-        self.control.should_save = self.control.should_training_stop = True
-        return best | {"stopped_early": True}
-
-    def _run_epoch(self, *args: Any, **where: Any) -> None:
-        """Train an epoch; a run that is resumed after its early stop has none left."""
-        if self.stopped_early:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **where)
-
-    def best_checkpoint(self) -> Path:
-        """Return the checkpoint of the lowest held-out loss.
-
-        Raises:
-            RunError: No held-out loss was finite.
-        """
-        if self.best_step is None:
-            raise RunError("train.load_best: no held-out loss was finite; lower train.learning_rate")
-        processes.wait()  # the first process writes it
-        return self.stage.run.checkpoints / f"checkpoint-{self.best_step}"
-
-    def take_best(self) -> None:
-        """Put the weights of the lowest held-out loss into the model, where it is whole.
-
-        Raises:
-            ArtifactError: Their checkpoint is missing or damaged.
-            RunError: No held-out loss was finite.
-        """
-        folder = self.best_checkpoint()
-        if self.zero_stage < 3:
-            read_state(folder, self.model, self.stage.method)
-
-    def whole(self) -> Whole | None:
-        """Return what a model that lies divided among the processes has learned; None for a whole one."""
-        if self.zero_stage < 3:
-            return None
-        if self.stage.recipe.train.load_best:
-            return read_tensors(self.best_checkpoint())
-        return self.whole_tensors(), self.method_state()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

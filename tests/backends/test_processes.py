@@ -3,7 +3,7 @@
 import pytest
 
 from peftctl.backends import processes
-from peftctl.backends.watch import _exists
+from peftctl.backends.pids import running
 from peftctl.errors import UsageError
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -68,9 +68,9 @@ def test_a_process_that_has_ended_does_not_exist():
     import subprocess
     import sys
 
-    assert _exists(os.getpid())
+    assert running(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", ""])
-    while child.poll() is None and _exists(child.pid):  # a zombie counts as ended
+    while child.poll() is None and running(child.pid):  # a zombie counts as ended
         pass
-    assert not _exists(child.pid)
+    assert not running(child.pid)
     child.wait()

@@ -53,7 +53,8 @@ def test_zero3_divides_4_bit_weights(tmp_path):
     two = launched(tmp_path, 2, ZERO3, "nf4")
     held, whole = two["shares"][0]
     blocks = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of the tiny Llama, weights
-    assert whole == blocks // 2 and held == whole // 2
+    kept = 4 * 2 * 32 * 16 // 2  # k and v are too small to be divided
+    assert whole == blocks // 2 and held == whole // 2 + kept
     assert two["steps"] == 6 and torch.isfinite(torch.tensor(losses(two))).all()
 
 

@@ -1,0 +1,59 @@
+"""Compare the memory plan of a run with the peak that it measures, in one process and in two through every engine.
+
+    python scripts/bench/memory_plan.py [--methods lora full] [--engines single ddp zero2] [--steps 3]
+
+Runs take the demo model and data on this machine's CPU; what is printed stands in every run's
+summary.json. Peaks are resident memory of the largest process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    print(f"{'method':12}{'engine':16}{'planned GiB':>12}{'measured GiB':>14}{'error':>8}")
+    for method in options.methods:
+        for engine in options.engines:
+            planned, measured = run(method, engine, options)
+            error = planned / measured - 1
+            print(f"{method:12}{engine:16}{planned / 2**30:12.2f}{measured / 2**30:14.2f}{error:+8.1%}", flush=True)
+
+
+def run(method: str, engine: str, options: argparse.Namespace) -> tuple[int, int]:
+    """Train a few steps; return the planned and the measured peak of a process, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            f"train.output_dir={folder}/run", f"train.max_steps={options.steps}", "data.eval=null",
+            f"train.batch_size={options.batch_size}", "train.gradient_accumulation=1", f"model.dtype={options.dtype}",
+        ]  # fmt: skip
+        launcher = [] if engine == "single" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        if engine.startswith("zero"):
+            overrides += ["backend.name=deepspeed", f"backend.config=configs/deepspeed/{engine}.json"]
+        command = [sys.executable, *launcher, "-m", "peftctl", "train", f"recipes/{method}.yaml", *overrides]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{method} {engine}: {(done.stdout + done.stderr)[-2000:]}")
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        return summary["predicted_memory_bytes"], summary["peak_memory_bytes"]
+
+
+if __name__ == "__main__":
+    main()
