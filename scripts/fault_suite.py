@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 FAULTS = ("kill rank", "kill all", "terminate rank", "terminate launcher", "full disk")
 STEPS, TOLERANCE = 40, 1e-3
 
@@ -90,6 +90,8 @@ def command(engine: str, recipe: Path, out: Path) -> list[str]:
         launcher, two = [sys.executable], []
     if engine.startswith("zero"):
         two += ["backend.name=deepspeed", f"backend.config={ROOT}/configs/deepspeed/{engine}.json"]
+    if engine == "fsdp":
+        two += ["backend.name=fsdp"]
     return [*launcher, "-m", "peftctl", "train", str(recipe), f"train.output_dir={out}", *two]
 
 

@@ -1,6 +1,6 @@
 """Try every method with every storage of the base through every engine; keep what holds in peftctl/methods/matrix.json.
 
-    python scripts/probe_matrix.py [METHOD ...] [--engines single ddp zero2 zero3] [--storages float32 nf4]
+    python scripts/probe_matrix.py [METHOD ...] [--engines single ddp zero2 zero3 fsdp] [--storages float32 nf4]
 
 An engine is one launch of two processes that goes through the methods on tiny models. Two processes x batch 2 x
 accumulation 2 must come to what one process with batch 8 comes to: the loss of every step, every trained tensor, the
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER, TODO = ROOT / "scripts" / "probe_worker.py", "todo.json"
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 STORAGES = ("float32", "bfloat16", "nf4", "int8")
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.02, "nf4": 0.02, "int8": 0.02}
 """Largest difference of a step's loss, nats. Half types and quantised bases round."""
@@ -66,7 +66,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="left out, all whose code has changed")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["single", "ddp", "zero2", "zero3"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["single", "ddp", "zero2", "zero3", "fsdp"])
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=list(STORAGES))
     parser.add_argument("--again", action="store_true", help="also what has not changed")
     parser.add_argument("--out", type=Path, help="keep the runs here; those that are there are not run again")
@@ -103,15 +103,20 @@ def probe(
     """Return the cells of each method: `storage/engine` -> why not, or nothing."""
     runs = [run for method in methods for run in runs_of(method, storages, checkpointing=checkpointing)]
     for engine in dict.fromkeys(["single", *engines]):
-        launch(engine, runs, folder / engine)
+        launch(engine, fitting(engine, runs), folder / engine)
     cells: dict[str, dict[str, str]] = {method: {} for method in methods}
     for engine in engines:
-        for run in runs:
+        for run in fitting(engine, runs):
             key = f"{run.storage}/{engine}"
             why = compare(run, folder / "single", folder / engine)
             if why or key not in cells[run.method]:
                 cells[run.method][key] = cells[run.method].get(key) or why
     return cells
+
+
+def fitting(engine: str, runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that recipes may have: quantised weights are not divided by FSDP."""
+    return [run for run in runs if engine != "fsdp" or run.storage not in ("nf4", "int8")]
 
 
 def launch(engine: str, runs: list[Run], out: Path) -> None:

@@ -166,7 +166,7 @@ class Trial:
             "batch_size": ROWS_A_STEP if alone else 2, "gradient_accumulation": 1 if alone else 2, "seed": 0,
             "gradient_checkpointing": self.kind == "checkpointing", "learning_rate": 1e-3, "max_grad_norm": 1.0,
         }  # fmt: skip
-        backend = BackendSection()
+        backend = BackendSection(name="fsdp" if self.engine == "fsdp" else "single")
         if self.engine.startswith("zero"):
             backend = BackendSection(
                 name="deepspeed", config=str(ROOT / "configs" / "deepspeed" / f"{self.engine}.json")

@@ -33,4 +33,4 @@ install_peftctl dev
 .venv/bin/python scripts/fetch_demo_models.py
 check_wheel
 # Two processes, a thread each; a file stays in one, with all that its tests share. `-n 0` behind it takes one process.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest -n 2 --dist loadfile --durations 25 "$@"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peftctl.errors import Interrupted, UsageError
@@ -58,9 +59,11 @@ def start(*, alone: bool = False) -> None:
         alone: A single process needs a group too: the engine asks for one.
 
     Raises:
-        UsageError: The launcher's variables are incomplete, or there are more processes than GPUs.
+        UsageError: The launcher's variables are incomplete or ask for an engine of its own, or there are more
+            processes than GPUs.
     """
     global _watch
+    _refuse_foreign_engine()
     if size() == 1 and alone:
         _join_nobody()
     if size() == 1 or _watch is not None:
@@ -92,6 +95,17 @@ def start(*, alone: bool = False) -> None:
     atexit.register(_leave)
     if threading.current_thread() is threading.main_thread():  # only there may handlers be set
         signal.signal(signal.SIGTERM, _terminated)
+
+
+@cache  # later the libraries set these themselves
+def _refuse_foreign_engine() -> None:
+    """Raise where `accelerate launch` was told to divide the model in a way that the recipe does not know of."""
+    for name, variable in {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise UsageError(
+                f"accelerate launch was told to use {name}, by --use_{name} or its configuration file; the recipe "
+                f"decides about that: leave it out there and set backend.name: {name}"
+            )
 
 
 def _leave() -> None:

@@ -46,7 +46,7 @@ class Prepared:
         trainable: Trainable parameters, by the method's closed form.
         total: Parameters of the base.
         applied: The model with the method applied, on the meta device.
-        zero_stage: Of the DeepSpeed configuration; None without one.
+        divided: Whether each process is to hold only a part of the model.
         notices: What the method's configuration selects, where the recipe alone does not tell, and what this machine
             does otherwise.
     """
@@ -63,7 +63,7 @@ class Prepared:
     trainable: int
     total: int
     applied: Any
-    zero_stage: int | None
+    divided: bool
     notices: Sequence[str]
 
 
@@ -123,7 +123,7 @@ def prepare(
         trainable=trainable,
         total=total,
         applied=applied,
-        zero_stage=sharing.stage,
+        divided=sharing.stage == 3,
         notices=notices,
     )
 
@@ -227,7 +227,7 @@ def refuse_float16(recipe: Recipe, card: Card, device: str) -> None:
 
 def refuse_unproven(recipe: Recipe, sharing: Sharing) -> None:
     """Raise where trying the method through the engine that the recipe asks for has failed."""
-    engine = f"zero{sharing.stage}" if sharing.stage else ("single" if sharing.processes == 1 else "ddp")
+    engine = sharing.engine
     bits = recipe.quantization.bits
     storage = {4: "nf4", 8: "int8"}[bits] if bits else ("float32" if recipe.model.dtype == "float32" else "bfloat16")
     why = _matrix.refusal(recipe.method.name, storage, engine)

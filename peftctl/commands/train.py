@@ -153,7 +153,7 @@ class _Run:
     def _base(self) -> Any:
         """Return the model before the method is attached."""
         # An engine that divides the weights gets them from main memory: whole, they may not fit on a device.
-        base = load_base(self.ready, torch.device("cpu") if self.ready.zero_stage == 3 else self.device)
+        base = load_base(self.ready, torch.device("cpu") if self.ready.divided else self.device)
         # Of what lies on disk, so before rows of new tokens.
         self.base_fingerprint = base_fingerprint(self.recipe.model, base)
         fit_rows(base, self.recipe, self.ready.tokenizer)

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 _FILE = Path(__file__).with_name("matrix.json")
-ENGINES = {"single": "one process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+ENGINES = {
+    "single": "one process",
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "fsdp": "FSDP",
+}
 STORAGES = ("float32", "bfloat16", "nf4", "int8")
 
 

@@ -137,20 +137,26 @@ def _quantization(view: View) -> Iterator[Finding]:
 
 def _backend(view: View) -> Iterator[Finding]:
     name, config = view.values.get("backend.name"), view.values.get("backend.config")
-    if name == "single" and config is not None:
+    if name in ("single", "fsdp") and config is not None:
         yield Finding(
             view.at("backend.config"), "backend.config: only deepspeed reads it", "set backend.name: deepspeed"
         )
     if name == "deepspeed" and config is None and "backend.config" in view.values:
         hint = "add config: configs/deepspeed/zero2.json under `backend:`"
         yield Finding(view.at("backend.name"), "backend.config: deepspeed needs a configuration file", hint)
+    if name not in ("deepspeed", "fsdp"):
+        return
     optimizer = view.values.get("train.optimizer")
-    if name == "deepspeed" and optimizer not in (None, *DIVISIBLE):
-        message = f"train.optimizer: {optimizer} can't be divided among processes by deepspeed"
+    if optimizer not in (None, *DIVISIBLE):
+        message = f"train.optimizer: {optimizer} can't be divided among processes by {name}"
         yield Finding(view.at("train.optimizer", "backend.name"), message, f"use {' or '.join(DIVISIBLE)}")
     if name == "deepspeed" and view.values.get("train.on_nan") == "skip":
         message = "train.on_nan: deepspeed has taken the step before its gradient can be looked at"
         yield Finding(view.at("train.on_nan"), message, "use stop")
+    if name == "fsdp" and view.values.get("quantization.bits"):
+        message = "quantization.bits: fsdp would leave quantised weights whole in every process"
+        hint = "use deepspeed with configs/deepspeed/zero3.json, which divides them, or remove it"
+        yield Finding(view.at("quantization.bits", "backend.name"), message, hint)
 
 
 def _held_out(view: View) -> Iterator[Finding]:

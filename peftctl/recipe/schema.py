@@ -186,8 +186,9 @@ class TrainSection(Section):
 class BackendSection(Section):
     """What the processes of a run share, as many as the launcher starts."""
 
-    name: Literal["single", "deepspeed"] = "single"
-    """`single`: each process holds everything, and gradients are averaged (DDP); `deepspeed` divides by `config`."""
+    name: Literal["single", "deepspeed", "fsdp"] = "single"
+    """`single`: each process holds everything, and gradients are averaged (DDP); `deepspeed` divides by `config`;
+    `fsdp` divides weights, gradients and optimizer among the processes (PyTorch's FSDP2)."""
     config: str | None = None
     """A DeepSpeed configuration, e.g. configs/deepspeed/zero2.json."""
 

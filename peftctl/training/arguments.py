@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from peftctl.artifacts.rundir import RunDir
+from peftctl.backends import processes
 from peftctl.recipe.schema import Recipe
+from peftctl.training.fsdp import SETTINGS
 from peftctl.training.optimizers import LIBRARY_NAMES
 
 
@@ -36,6 +38,9 @@ def library_arguments(
         evaluating = {"eval_strategy": "steps", "eval_steps": train.eval_steps}
     if select:
         evaluating = {**evaluating, "metric_for_best_model": "loss", "greater_is_better": False}
+    dividing: Mapping[str, Any] = {}
+    if recipe.backend.name == "fsdp" and processes.size() > 1:
+        dividing = {"fsdp": True, "fsdp_config": dict(SETTINGS)}
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=train.epochs,
@@ -69,6 +74,7 @@ def library_arguments(
         ddp_broadcast_buffers=False,  # they are the same everywhere, and stay so
         **saving,
         **evaluating,
+        **dividing,
     )
 
 

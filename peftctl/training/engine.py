@@ -1,14 +1,14 @@
 """What the engines have in common: the optimizer over a method's groups, and checkpoints that any of them goes on from.
 
-One process, several that each hold everything (DDP), and ZeRO's stages write the same files: whole tensors and whole
-optimizer state. So a run may go on in another number of processes, or through another engine.
+One process, several that each hold everything (DDP), ZeRO's stages and FSDP write the same files: whole tensors and
+whole optimizer state. So a run may go on in another number of processes, or through another engine.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from peftctl.artifacts.rundir import staged
 from peftctl.backends import processes
-from peftctl.training import zero
+from peftctl.training import fsdp, zero
 from peftctl.training.checkpoints import TENSORS, StageMark, read_mark, read_state, write_state
 from peftctl.training.optimizers import build_optimizer, optimized_tensors
 from peftctl.training.workload import StageRun
@@ -47,6 +47,11 @@ class EngineTrainer(Trainer):
         self.state_before: dict[str, Any] | None = None
         super().__init__(model=model, **options)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let the library build its engine."""
+        with fsdp.on_any_device() if self.args.fsdp else nullcontext():
+            super().create_accelerator_and_postprocess()
+
     @property
     def total_step(self) -> int:
         """Optimizer steps since the run began, over all stages."""
@@ -57,6 +62,11 @@ class EngineTrainer(Trainer):
         """What the processes divide, by ZeRO's stages; 0 where each holds everything."""
         return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
 
+    @property
+    def divided(self) -> bool:
+        """Whether each process holds only a part of the model."""
+        return self.zero_stage == 3 or self.is_fsdp_enabled
+
     def create_optimizer(self, model: Any = None) -> Any:
         """Build the optimizer of this stage."""
         if self.optimizer is None:
@@ -66,27 +76,39 @@ class EngineTrainer(Trainer):
         return self.optimizer
 
     def leave_engine(self) -> None:
-        """Make the model an ordinary one again."""
+        """Make the model an ordinary one again; what FSDP has divided stays so."""
         if self.is_deepspeed_enabled:
             zero.leave(self.deepspeed)
+        elif self.is_fsdp_enabled:
+            fsdp.leave()
 
     def whole_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that train, by name, in one piece each; every process calls this."""
+        if self.is_fsdp_enabled:
+            return fsdp.whole_tensors(self.owned)
         return zero.whole_tensors(self.owned) if self.is_deepspeed_enabled else self.owned
+
+    def _whole_optimizer(self) -> dict[str, Any]:
+        """Return the optimizer's state as one process would have it; every process calls this."""
+        if self.is_fsdp_enabled:
+            return fsdp.optimizer_state(self.optimizer)
+        if self.is_deepspeed_enabled:
+            return zero.optimizer_state(self.deepspeed, self.groups)
+        return self.optimizer.state_dict()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def write_checkpoint(self, place: Path, mark: StageMark) -> None:
         """Gather what the processes hold, and let the first one write it."""
         tensors = self.whole_tensors()
-        optimizer = zero.optimizer_state(self.deepspeed, self.groups) if self.is_deepspeed_enabled else None
+        optimizer = self._whole_optimizer()
         random_states = self._random_states()
         if not processes.is_first():
             return
         with staged(place) as folder:
             folder.mkdir(exist_ok=True)
             write_state(folder, tensors, self.method_state(), mark)
-            torch.save(optimizer or self.optimizer.state_dict(), folder / _OPTIMIZER)
+            torch.save(optimizer, folder / _OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), folder / _SCHEDULER)
             self._save_scaler(str(folder))
             for name, content in random_states.items():
@@ -118,22 +140,32 @@ class EngineTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
-        """Build the engine; of a checkpoint, weights are read before DeepSpeed divides them, the optimizer after."""
-        if not self.is_deepspeed_enabled:
+        """Build the engine; of a checkpoint, weights are read before an engine divides them, the optimizer after."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint:
             self._load_from_checkpoint(resume_from_checkpoint)
-        if self.zero_stage == 3:
+        if self.divided:
             self.state_before = self.stage.method.state_dict(self.model)
         with _quiet():
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_fsdp_enabled:  # parameters that are divided stand in their places
+            divided = dict(self.model.named_parameters())
+            self.owned = {name: divided[name] for name in self.owned}
         if resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            saved = torch.load(folder / _OPTIMIZER, weights_only=True)
+            self._load_optimizer(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_optimizer(self, folder: Path) -> None:
+        """Divide the optimizer's state of a checkpoint among the processes, and restore the schedule."""
+        saved = torch.load(folder / _OPTIMIZER, weights_only=True)
+        if self.is_fsdp_enabled:
+            fsdp.load_optimizer_state(self.optimizer, saved)
+            self._load_scaler(str(folder))
+        else:
             zero.load_optimizer_state(self.deepspeed, self.groups, saved)
             zero.load_tensors(self.deepspeed, self.owned, load_file(folder / TENSORS))
-            self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
-        return prepared
+        self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
 
 
 @contextmanager

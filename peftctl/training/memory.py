@@ -22,7 +22,7 @@ from peftctl.errors import UsageError
 from peftctl.methods.base import Method
 from peftctl.recipe.schema import QuantizationSection, Recipe
 from peftctl.training.sharing import Sharing, read_sharing
-from peftctl.training.step_bytes import StepBytes, StepSettings, step_bytes
+from peftctl.training.step_bytes import StepBytes, StepSettings, stacks, step_bytes
 from peftctl.training.widths import step_bytes_by_widths, widest_rows
 
 CUDA_CONTEXT = 512 * 2**20
@@ -119,7 +119,8 @@ def plan_memory(
     share = read_sharing(recipe, machine.processes, offloads=machine.kind != "cpu", autocast=method.autocast)
     packed, scales = quantised_bytes(model, recipe.quantization)
     hidden = model.get_input_embeddings().weight.shape[-1]
-    state = share.state(plain, optimizer_bytes(recipe, plain), hidden, packed)
+    gathered = _gathered(model) if share.engine == "fsdp" else 0
+    state = share.state(plain, optimizer_bytes(recipe, plain), hidden, packed, gathered)
     settings = _settings(recipe, method, stored, share, machine)
     step, traced = _step(model, rows, collate, recipe, settings, machine.processes)
     optimizer, host = state.optimizer, state.host
@@ -139,6 +140,14 @@ def plan_memory(
         host=host,
         traced=traced,
     )
+
+
+def _gathered(model: Any) -> int:
+    """Return the bytes of weights that FSDP has whole: two blocks at a time, and always what is in none."""
+    blocks = [{id(p): p.nbytes for p in block.parameters()} for stack in stacks(model) for block in stack]
+    inside = {key for block in blocks for key in block}
+    largest = max((sum(block.values()) for block in blocks), default=0)
+    return 2 * largest + sum(p.nbytes for p in model.parameters() if id(p) not in inside)
 
 
 def quantised_layers(model: Any, quantization: QuantizationSection) -> dict[str, Any]:

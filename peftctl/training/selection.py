@@ -76,12 +76,12 @@ class SelectingTrainer(EngineTrainer):
             RunError: No held-out loss was finite.
         """
         folder = self.best_checkpoint()
-        if self.zero_stage < 3:
+        if not self.divided:
             read_state(folder, self.model, self.stage.method)
 
     def whole(self) -> Whole | None:
         """Return what a model that lies divided among the processes has learned; None for a whole one."""
-        if self.zero_stage < 3:
+        if not self.divided:
             return None
         if self.stage.recipe.train.load_best:
             return read_tensors(self.best_checkpoint())

@@ -1,7 +1,7 @@
 """What several processes share: nothing in plain data parallel; ZeRO's stages by a DeepSpeed configuration.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over N processes: stage 1 shares the optimizer's state, stage 2 the
-gradients too, stage 3 the weights too.
+gradients too, stage 3 and FSDP the weights too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Sharing:
 
     Args:
         processes: N.
-        stage: Of ZeRO; None without DeepSpeed, where every process holds everything.
+        stage: Of ZeRO, 3 for FSDP; None where every process holds everything.
+        engine: A name of the matrix: single, ddp, zero1, zero2, zero3 or fsdp.
         half: Weights and gradients in 16 bits, beside float32 copies of the weights that train.
         offload_optimizer: The optimizer's state lives in main memory.
         offload_weights: So do the weights' shares.
@@ -51,6 +52,7 @@ class Sharing:
 
     processes: int = 1
     stage: int | None = None
+    engine: str = "single"
     half: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -61,7 +63,9 @@ class Sharing:
         """Whether gradients, or a copy of them, stay while activations are there."""
         return self.stage is not None or self.processes > 1
 
-    def state(self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int, quantised: int = 0) -> State:
+    def state(
+        self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int, quantised: int = 0, gathered: int = 0
+    ) -> State:
         """Return the bytes of one process.
 
         Args:
@@ -69,6 +73,7 @@ class Sharing:
             optimizer: Bytes of the optimizer's state without sharing.
             hidden: Width of the model, which `auto` sizes follow.
             quantised: Bytes of the quantised weights, whose scales nothing shares.
+            gathered: Bytes of weights that FSDP has whole at a time.
         """
         everything = list(parameters)
         trained = [p for p in everything if p.requires_grad]
@@ -82,7 +87,7 @@ class Sharing:
         weights = sum(p.numel() * min(p.element_size(), width) for p in everything)
         gradients = count * width
         optimizer += _FULL * count if self.half else 0
-        buffers = self._buckets(count, hidden) * width
+        buffers = gathered if self.engine == "fsdp" else self._buckets(count, hidden) * width
         host = 0
         optimizer = self._share(optimizer, 1)
         gradients = self._share(gradients, 2)
@@ -91,7 +96,7 @@ class Sharing:
             optimizer = 0
             gradients = 0 if self.stage >= 2 else gradients
         if self.stage == 3:
-            buffers += 2 * self._largest_gathered(everything, width)
+            buffers += 0 if gathered else 2 * self._largest_gathered(everything, width)
             weights, quantised = self._share(weights, 3), self._share(quantised, 3)
             if self.offload_weights:
                 host, weights, quantised = host + weights + quantised, 0, 0
@@ -125,8 +130,10 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: bo
         UsageError: The DeepSpeed configuration is missing, no JSON, names no stage from 1 to 3, or contradicts the
             recipe.
     """
-    if recipe.backend.name == "single":
-        return Sharing(processes)
+    if recipe.backend.name == "single" or (recipe.backend.name == "fsdp" and processes == 1):
+        return Sharing(processes, engine="single" if processes == 1 else "ddp")
+    if recipe.backend.name == "fsdp":
+        return Sharing(processes, 3, "fsdp")
     if recipe.backend.config is None:
         raise UsageError("backend.config: deepspeed needs a configuration, e.g. configs/deepspeed/zero2.json")
     where = f"backend.config: {recipe.backend.config}"
@@ -151,6 +158,7 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: bo
     return Sharing(
         processes,
         stage,
+        f"zero{stage}",
         half=any(ours[key] and theirs[key] for key in _HALF_TYPES),
         offload_optimizer=offloads and places["optimizer"] != "none",
         offload_weights=offloads and stage == 3 and places["param"] != "none",

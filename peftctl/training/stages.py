@@ -56,7 +56,7 @@ class Trained:
         seconds: Training time, evaluation excluded.
         loss: Mean loss of the last log step.
         selected: What `load_best` and `early_stopping` came to; None where the recipe has neither.
-        whole: Under ZeRO-3, where the model lies divided among the processes, what it has learned.
+        whole: Where the model lies divided among the processes, what it has learned.
     """
 
     steps: int
@@ -166,7 +166,7 @@ def refuse_divergence(trainer: MethodTrainer) -> None:
     Raises:
         RunError: A tensor of one process differs from the first one's.
     """
-    if trainer.args.world_size == 1 or trainer.zero_stage:
+    if trainer.args.world_size == 1 or trainer.zero_stage or trainer.divided:
         return
     own = {name: float(p.detach().double().abs().sum()) for name, p in trainer.owned.items()}
     first = processes.from_first(own)

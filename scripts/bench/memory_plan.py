@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp")
 
 
 def main() -> None:
@@ -46,6 +46,8 @@ def run(method: str, engine: str, options: argparse.Namespace) -> tuple[int, int
         launcher = [] if engine == "single" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         if engine.startswith("zero"):
             overrides += ["backend.name=deepspeed", f"backend.config=configs/deepspeed/{engine}.json"]
+        if engine == "fsdp":
+            overrides.append("backend.name=fsdp")
         command = [sys.executable, *launcher, "-m", "peftctl", "train", f"recipes/{method}.yaml", *overrides]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)

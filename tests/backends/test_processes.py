@@ -47,6 +47,15 @@ def test_half_a_launcher_is_refused(launched):
         processes.start()
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
+def test_an_engine_that_the_recipe_does_not_know_of_is_refused(launched, monkeypatch, name):
+    launched()
+    processes._refuse_foreign_engine.cache_clear()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(UsageError, match=f"told to use {name}, by --use_{name} .*set backend.name: {name}"):
+        processes.start()
+
+
 def test_more_processes_than_gpus_is_refused(launched, monkeypatch):
     launched(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -47,12 +47,21 @@ def test_a_dry_run_plans_for_processes_and_shows_how_to_start_them(capsys, tmp_p
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw_8bit", "paged_adamw_32bit"])
-def test_optimizers_that_zero_can_not_divide_are_refused(tmp_path, tiny_dir, optimizer):
+def test_optimizers_that_engines_can_not_divide_are_refused(tmp_path, tiny_dir, optimizer):
     path = write_recipe(tmp_path, tiny_dir)
-    with pytest.raises(RecipeError, match=f"train.optimizer: {optimizer} can't be divided .*use adamw or sgd"):
-        peftctl.load_recipe(path, [*DEEPSPEED, f"train.optimizer={optimizer}"])
+    for engine in (DEEPSPEED, ["backend.name=fsdp"]):
+        with pytest.raises(RecipeError, match=f"train.optimizer: {optimizer} can't be divided .*use adamw or sgd"):
+            peftctl.load_recipe(path, [*engine, f"train.optimizer={optimizer}"])
     with pytest.raises(RecipeError, match=r"train.on_nan: deepspeed has taken the step .*use stop"):
         peftctl.load_recipe(path, [*DEEPSPEED, "train.on_nan=skip"])
+
+
+def test_what_fsdp_does_not_do_is_refused(tmp_path, tiny_dir):
+    path = write_recipe(tmp_path, tiny_dir)
+    with pytest.raises(RecipeError, match=r"quantization.bits: fsdp would leave .*whole .*use deepspeed with .*zero3"):
+        peftctl.load_recipe(path, ["backend.name=fsdp", "quantization.bits=4"])
+    with pytest.raises(RecipeError, match=r"backend.config: only deepspeed reads it"):
+        peftctl.load_recipe(path, ["backend.name=fsdp", "backend.config=configs/deepspeed/zero3.json"])
 
 
 def test_out_of_memory_says_what_to_lower_and_to_what(tmp_path, tiny_dir, monkeypatch):

@@ -16,7 +16,7 @@ from tests.commands.helpers import REPOSITORY, peftctl, write_recipe, write_rows
 
 LORA = {"name": "lora", "r": 4, "dropout": 0.0, "target_modules": "all-linear"}
 HALVED = ("train.batch_size=2", "train.gradient_accumulation=2")
-ZERO = "backend.name=deepspeed", "backend.config=configs/deepspeed/{}.json"
+FSDP = ("backend.name=fsdp", "train.gradient_checkpointing=true")
 TORCHRUN = (
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peftctl", "train",
 )  # fmt: skip
@@ -27,6 +27,11 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc
 GPUS = ("scripts/launch_gpus.sh", "-n", "2")
 ACCELERATE = ("scripts/launch_accelerate.sh", "-n", "2")
 NODES = ("scripts/launch_nodes.sh", "HOSTFILE")
+
+
+def zero(name):
+    """Return the overrides of a run through DeepSpeed."""
+    return "backend.name=deepspeed", f"backend.config=configs/deepspeed/{name}.json"
 
 
 def start(launcher, *arguments):
@@ -109,17 +114,17 @@ def launched(launcher, recipe, name, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("name", "launcher", "stage"),
-    [("ddp", GPUS, None), ("zero1", ACCELERATE, "zero1"), ("zero2_offload", NODES, "zero2_offload"),
-     ("zero3", DEEPSPEED, "zero3")],
+    ("name", "launcher", "overrides"),
+    [("fsdp", GPUS, FSDP), ("zero1", ACCELERATE, zero("zero1")), ("zero2_offload", NODES, zero("zero2_offload")),
+     ("zero3", DEEPSPEED, zero("zero3"))],
 )  # fmt: skip
-def test_two_processes_leave_what_one_leaves(recipe, single, name, launcher, stage):
-    overrides = [key.format(stage) for key in ZERO] if stage else []
+def test_two_processes_leave_what_one_leaves(recipe, single, name, launcher, overrides):
     run, printed = launched(launcher, recipe, name, *overrides)
     assert_same_run(run, single)
     assert [line["eval_loss"] for line in lines(run) if "eval_loss" in line] == pytest.approx(
         [line["eval_loss"] for line in lines(single) if "eval_loss" in line], abs=1e-4
     )
+    assert "[transformers]" not in printed
     assert printed.count("held-out rows\n") == 1 and printed.count("result: ") == 1  # only one process speaks
     files = {file.name for file in (run / "checkpoints" / "checkpoint-6").iterdir()}
     assert files == {
@@ -189,7 +194,7 @@ def test_without_the_first_rank_another_one_tells(recipe, long):
 @LINUX
 def test_a_run_whose_rank_was_killed_goes_on_through_another_engine(recipe, long):
     out, arguments = killed(recipe, long, "killed-1", 1)
-    code, printed = ended(start(TORCHRUN, *arguments, *[key.format("zero2") for key in ZERO], "--resume"))
+    code, printed = ended(start(TORCHRUN, *arguments, *zero("zero2"), "--resume"))
     assert code == 0 and "resuming after step" in printed, printed[-3000:]
     assert_same_run(out, long[1])
 

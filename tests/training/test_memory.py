@@ -256,6 +256,17 @@ def test_zero_3_can_offload_weights(tmp_path):
     assert plan.sharing == 4 * (2 * min(64 * 64, method.count(llama())) + 2 * 400 * 64)
 
 
+def test_fsdp_shares_everything_and_gathers_two_blocks():
+    method, backend = full.Method(full.Config()), {"name": "fsdp"}
+    base = llama()
+    count, block = method.count(base), sum(p.numel() for p in base.model.layers[0].parameters())
+    plan = planned(base, method, machine=Machine("cuda", processes=4), backend=backend)
+    assert (plan.weights, plan.gradients, plan.optimizer) == (count, count, 2 * count)
+    assert plan.sharing == 4 * (2 * block + count - 4 * block)  # embeddings, norm and head stay gathered
+    alone = planned(llama(), method, backend=backend)
+    assert (alone.weights, alone.sharing) == (4 * count, 0)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_3_shares_quantised_weights_but_not_their_scales(tmp_path, bits):
     weights, scales = quantised_bytes(llama(), QuantizationSection(bits=bits))
