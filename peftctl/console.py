@@ -257,16 +257,21 @@ def show_methods(cards: Sequence[Mapping[str, Any]]) -> None:
 
 def show_matrix(content: Mapping[str, Any]) -> None:
     """Show what holds of every method, and below it why what does not."""
-    columns, methods = content["columns"], content["methods"]
+    engines, methods = content["engines"], content["methods"]
     words = {None: "–", "": "yes"}
-    rows = [[name, *(words.get(cells.get(cell), "no") for cell in columns)] for name, cells in methods.items()]
-    show_table("", ["method", *columns], rows)
+    rows = [
+        [name, storage, *(words.get(cells.get(f"{storage}/{engine}"), "no") for engine in engines)]
+        for name, cells in methods.items()
+        for storage in content["storages"]
+        if any(cell.startswith(f"{storage}/") for cell in cells)
+    ]
+    show_table("", ["method", "base", *engines], rows)
     for name, cells in methods.items():
         for cell, why in cells.items():
             if why:
                 out.print(f"{name} {cell}: {why}", markup=False)
-    engines = ", ".join(f"{key}: {text}" for key, text in content["engines"].items())
-    out.print(f"{engines}; –: not tried; two processes on tiny models, against one", markup=False)
+    named = ", ".join(f"{key}: {text}" for key, text in engines.items())
+    out.print(f"{named}; –: not tried; two processes on tiny models, against one", markup=False)
 
 
 def _yes(holds: bool) -> str:

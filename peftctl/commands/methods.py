@@ -49,6 +49,7 @@ def describe(name: str) -> dict[str, Any]:
         "needs": card.needs,
         "tasks": list(card.tasks),
         "supports": sorted(card.supports),
+        "engines": _engines(name),
         "keys": keys,
         "implies": dict(method.defaults),
     }
@@ -57,9 +58,14 @@ def describe(name: str) -> dict[str, Any]:
 def describe_matrix() -> dict[str, Any]:
     """Return which methods hold with which storage of the base through which engine, as far as it has been tried."""
     cells = {name: dict(row["cells"]) for name, row in _matrix.rows().items()}
-    tried = {cell for row in cells.values() for cell in row}
-    columns = [f"{s}/{e}" for s in _matrix.STORAGES for e in _matrix.ENGINES if f"{s}/{e}" in tried]
-    return {"engines": _matrix.ENGINES, "columns": columns, "methods": cells}
+    return {"engines": _matrix.ENGINES, "storages": _matrix.STORAGES, "methods": cells}
+
+
+def _engines(name: str) -> list[str]:
+    """Return the engines that a method holds through, by the storage of the base."""
+    cells = _matrix.rows().get(name, {}).get("cells", {})
+    found = {s: [e for e in _matrix.ENGINES if cells.get(f"{s}/{e}") == ""] for s in _matrix.STORAGES}
+    return [f"{engine} ({storage})" for storage, engines in found.items() for engine in engines]
 
 
 def _shipped_count(name: str) -> dict[str, Any]:

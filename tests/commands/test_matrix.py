@@ -64,13 +64,21 @@ def test_check_refuses_for_the_processes_that_it_plans_for(capsys, tmp_path, tin
 
 
 def test_the_matrix_is_shown_with_its_reasons(capsys, cells):
-    cells(lora={"float32/single": "", "float32/ddp": ""}, adalora={"float32/single": "", "float32/ddp": "resume: NaN"})
+    cells(lora={"float32/single": "", "nf4/ddp": ""}, adalora={"float32/single": "", "float32/ddp": "resume: NaN"})
     code, out, _ = run(capsys, "methods", "--matrix")
     assert code == 0 and "adalora float32/ddp: resume: NaN" in out
-    assert [line.split() for line in out.splitlines()[:3]] == [
-        ["method", "float32/single", "float32/ddp"], ["lora", "yes", "yes"], ["adalora", "yes", "no"],
+    assert [line.split() for line in out.splitlines()[:4]] == [
+        ["method", "base", *_matrix.ENGINES],
+        ["lora", "float32", "yes", *"–––––"], ["lora", "nf4", "–", "yes", *"––––"],
+        ["adalora", "float32", "yes", "no", *"––––"],
     ]  # fmt: skip
     code, out, _ = run(capsys, "methods", "--matrix", "--json")
     assert json.loads(out)["methods"]["adalora"]["float32/ddp"] == "resume: NaN"
     code, _, err = run(capsys, "methods", "lora", "--matrix")
     assert code == 2 and "leave the name out" in err
+
+
+def test_a_method_names_the_engines_that_it_holds_through(capsys, cells):
+    cells(lora={"float32/single": "", "float32/ddp": "straight: hangs", "nf4/zero3": ""})
+    code, out, _ = run(capsys, "methods", "lora")
+    assert code == 0 and "single (float32), zero3 (nf4)" in out and "ddp" not in out
