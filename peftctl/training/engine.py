@@ -152,6 +152,7 @@ class EngineTrainer(Trainer):
         if self.is_fsdp_enabled:  # parameters that are divided stand in their places
             divided = dict(self.model.named_parameters())
             self.owned = {name: divided[name] for name in self.owned}
+            self.groups = []  # they would keep the whole ones
         if resume_from_checkpoint:
             self._load_optimizer(Path(resume_from_checkpoint))
         return prepared
