@@ -33,8 +33,8 @@ SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.02, "nf4": 0.02, "int8": 0.02}
 """Largest difference of a step's loss, nats. Half types and quantised bases round."""
 SAME_CHANGE = {"float32": 0.02, "bfloat16": 0.3, "nf4": 0.3, "int8": 0.3}
 """Largest difference of what training has made of a tensor, as a share of the norm of its change in one process."""
-SILENT, BUILDING = 120, 400
-"""Seconds without a result after which a run counts as hanging; before the first, DeepSpeed may compile."""
+SILENT = 120
+"""Seconds without a result after which a run counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def wait(process: subprocess.Popen, out: Path, runs: list[Run]) -> str:
         now = sum((out / f"{run.name}.json").is_file() for run in runs)
         if now > done:
             done, changed = now, time.monotonic()
-        if time.monotonic() - changed > (SILENT if done else BUILDING):
+        if time.monotonic() - changed > SILENT:
             process.terminate()
             process.wait()
             return "hangs"

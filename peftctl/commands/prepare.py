@@ -85,7 +85,6 @@ def prepare(
     recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
-    refuse_float16(recipe, method.card, device or current_device().type)
     sharing = read_sharing(recipe, world_size or processes.size(), offloads=False, autocast=method.autocast)
     refuse_unproven(recipe, sharing)
     earlier_adapters(recipe)
@@ -95,6 +94,7 @@ def prepare(
         recipe = with_classes(recipe, examples)
     tokenizer = base_tokenizer(recipe, allow_stand_in=allow_stand_in) if examples else None
     model = meta_model(as_trained(recipe, method), allow_stand_in=allow_stand_in, head=head_of(recipe, tokenizer))
+    refuse_float16(recipe, method.card, device or current_device().type)
     tokenizer = tokenizer or base_tokenizer(recipe, allow_stand_in=allow_stand_in)
     method.new_token_ids = add_tokens(tokenizer, recipe.model.add_tokens)
     fit_rows(model, recipe, tokenizer)

@@ -13,6 +13,7 @@ from peftctl.backends import processes
 from peftctl.recipe.schema import Recipe
 from peftctl.training.fsdp import SETTINGS
 from peftctl.training.optimizers import LIBRARY_NAMES
+from peftctl.training.zero import compile_nothing
 
 
 def library_arguments(
@@ -38,6 +39,8 @@ def library_arguments(
         evaluating = {"eval_strategy": "steps", "eval_steps": train.eval_steps}
     if select:
         evaluating = {**evaluating, "metric_for_best_model": "loss", "greater_is_better": False}
+    if recipe.backend.name == "deepspeed" and use_cpu:
+        compile_nothing()
     dividing: Mapping[str, Any] = {}
     if recipe.backend.name == "fsdp" and processes.size() > 1:
         dividing = {"fsdp": True, "fsdp_config": dict(SETTINGS)}

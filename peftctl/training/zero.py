@@ -1,7 +1,7 @@
 """Whole tensors out of a DeepSpeed engine and back: ZeRO keeps a part of each in every process.
 
 A checkpoint holds what one process would write, so that another number of processes, another stage of ZeRO or none can
-go on from it. All functions here are collective: every process calls them, at the same time.
+go on from it. All functions here but the first are collective: every process calls them, at the same time.
 
 ZeRO: Rajbhandari et al. 2020 (arXiv 1910.02054). Parts are found through `deepspeed.utils.tensor_fragment`.
 """
@@ -16,6 +16,13 @@ from torch import distributed
 
 Groups = Sequence[Sequence[Any]]  # parameters: the engine puts attributes of its own on them
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed on a CPU from compiling an all-reduce of its own, which takes minutes; gloo has one."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def whole_tensors(owned: Mapping[str, Any]) -> dict[str, torch.Tensor]:

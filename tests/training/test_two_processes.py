@@ -58,8 +58,8 @@ def test_zero3_divides_4_bit_weights(tmp_path):
     assert two["steps"] == 6 and torch.isfinite(torch.tensor(losses(two))).all()
 
 
-# A tuner, base weights, a callback with a loss, restarts, a calibration, a prompt.
-SPREAD = ("adalora", "fishmask", "full", "lora", "prompt_tuning", "relora")
+# A tuner, base weights, a callback with a loss, a calibration with two stages.
+SPREAD = ("adalora", "fishmask", "full", "lora")
 ENGINES = ("ddp", "zero2", "zero3")
 
 
