@@ -1,5 +1,5 @@
 # Sourced by the launch scripts of one machine: [-n PROCESSES] RECIPE ... -> $count, and "$@" without -n.
-# Without -n there are as many processes as GPUs. $usage is the part of the script's head that explains it.
+# Without -n there are as many processes as GPUs. The comment at the script's head is its help.
 
 count=""
 if [ "${1:-}" = "-n" ]; then
@@ -7,7 +7,7 @@ if [ "${1:-}" = "-n" ]; then
     shift 2
 fi
 if [ $# -eq 0 ]; then
-    sed -n "${usage}s/^# \{0,1\}//p" "$0"
+    sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 if [ -z "$count" ]; then

@@ -27,7 +27,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts and tests, from wherever this is run
+from scripts import two_processes
+from scripts.two_processes import ROOT, environment
+
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 FAULTS = ("kill rank", "kill all", "terminate rank", "terminate launcher", "full disk")
 STEPS, TOLERANCE = 40, 1e-3
@@ -84,19 +87,9 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 
 def command(engine: str, recipe: Path, out: Path) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = ["train.batch_size=2", "train.gradient_accumulation=2"]
-    if engine == "single":
-        launcher, two = [sys.executable], []
-    if engine.startswith("zero"):
-        two += ["backend.name=deepspeed", f"backend.config={ROOT}/configs/deepspeed/{engine}.json"]
-    if engine == "fsdp":
-        two += ["backend.name=fsdp"]
-    return [*launcher, "-m", "peftctl", "train", str(recipe), f"train.output_dir={out}", *two]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    halved = [] if engine == "single" else ["train.batch_size=2", "train.gradient_accumulation=2"]
+    program = "-m", "peftctl", "train", recipe, f"train.output_dir={out}"
+    return [*two_processes.command(engine, *program), *two_processes.overrides(engine), *halved]
 
 
 def disturbed(out: Path, recipe: Path, straight: Path, fault: str, draw: random.Random, story: list[str]) -> str:

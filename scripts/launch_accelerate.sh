@@ -8,7 +8,6 @@
 # launch_nodes.sh.
 set -euo pipefail
 
-usage=2,8
 # shellcheck source=scripts/_processes.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_processes.sh"
 several=()

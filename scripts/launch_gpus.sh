@@ -6,7 +6,6 @@
 # PROCESSES is left out: as many as there are GPUs. Works with and without `backend: deepspeed` in the recipe.
 set -euo pipefail
 
-usage=2,6
 # shellcheck source=scripts/_processes.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_processes.sh"
 exec python -m torch.distributed.run --standalone --nproc_per_node "$count" -m peftctl train "$@"

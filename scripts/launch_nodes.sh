@@ -9,7 +9,7 @@
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 if [ ! -f "$1" ]; then

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts and tests, from wherever this is run
+from scripts.two_processes import ROOT, command, environment
+
 WORKER, TODO = ROOT / "scripts" / "probe_worker.py", "todo.json"
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 STORAGES = ("float32", "bfloat16", "nf4", "int8")
@@ -125,11 +126,9 @@ def launch(engine: str, runs: list[Run], out: Path) -> None:
     left = [run for run in runs if not (out / f"{run.name}.json").is_file()]
     while left:
         (out / TODO).write_text(json.dumps([vars(run) for run in left]))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [sys.executable, *(launcher if engine != "single" else []), str(WORKER), engine, str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        program = command(engine, WORKER, engine, out)
         with (out / "log.txt").open("a") as log:
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+            process = subprocess.Popen(program, env=environment(), cwd=ROOT, stdout=log, stderr=log)
             reason = wait(process, out, left)
         tried = [run for run in left if (out / f"{run.name}.json").is_file()]
         left = left[len(tried) :]

@@ -26,6 +26,7 @@ from peftctl.models.load import meta_model
 from peftctl.models.quantize import refuse_without_library
 from peftctl.models.vocabulary import add_tokens, fit_vocabulary
 from peftctl.recipe.schema import CLASSIFICATION, ModelSection, Recipe
+from peftctl.training.precision import autocast_type
 from peftctl.training.sharing import Sharing, read_sharing
 
 
@@ -85,7 +86,9 @@ def prepare(
     recipe = with_concrete_dtype(recipe)
     method = registry.get(recipe.method.name)(recipe.method)
     refuse_unsupported(recipe, method)
-    sharing = read_sharing(recipe, world_size or processes.size(), offloads=False, autocast=method.autocast)
+    sharing = read_sharing(
+        recipe, world_size or processes.size(), offloads=False, autocast=autocast_type(recipe, method)
+    )
     refuse_unproven(recipe, sharing)
     earlier_adapters(recipe)
     examples = None

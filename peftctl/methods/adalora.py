@@ -87,6 +87,7 @@ class Method(base.Method):
     """SVD-shaped updates of linear layers whose ranks are found while they train."""
 
     Config = Config
+    loss_reads_weights = True
     card = base.Card(
         title="AdaLoRA",
         paper="Zhang et al. 2023, arXiv 2303.10512",
@@ -201,9 +202,10 @@ class _Budget(base.Callback):
         tuner, step = info.model.base_model, info.step + 1
         allocator = tuner.rankallocator
         settling = step == info.total_steps - allocator.peft_config.tfinal
-        if settling and not _scored(allocator):  # a run of one or two steps has no scores yet
-            allocator.update_ipt(tuner.model)
-        tuner.update_and_allocate(step)
+        with info.whole():
+            if settling and not _scored(allocator):  # a run of one or two steps has no scores yet
+                allocator.update_ipt(tuner.model)
+            tuner.update_and_allocate(step)
         info.log["rank_budget"] = allocator.budget_schedule(step)[0]
 
 
@@ -233,10 +235,12 @@ def phases(config: Config, total: int) -> tuple[int, int, int]:
 def orthogonality(model: Any) -> torch.Tensor:
     """Return the scalar mean over all P and Q of |P^T P - I| and |Q Q^T - I|, Frobenius."""
     import torch
+    from torch.distributed.tensor import DTensor
 
     norms = []
     for layer in _layers(model):
-        q, p = layer.lora_A["default"], layer.lora_B["default"]
+        factors = layer.lora_A["default"], layer.lora_B["default"]
+        q, p = (factor.full_tensor() if isinstance(factor, DTensor) else factor for factor in factors)  # FSDP's
         for gram in (q @ q.T, p.T @ p):
             norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
     return torch.stack(norms).mean()

@@ -7,6 +7,7 @@ Files here import no torch at module level, so that recipes can be checked witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -92,18 +93,27 @@ class Context:
 
 @dataclass
 class StepInfo:
-    """State of the run that callbacks see. `step` counts finished optimizer steps of the stage."""
+    """State of the run that callbacks see. `step` counts finished optimizer steps of the stage.
+
+    Engines may have divided the tensors that train, and their gradients, among processes: look at them inside of
+    `with info.whole():` only, where they are whole; changes of the tensors are kept, of gradients not.
+    """
 
     step: int
     total_steps: int
     model: Any
-    optimizer: Any
+    forget: Callable[[Iterable[Any]], None]
+    """Drops the optimizer's state of parameters, which must fill groups of `Method.param_groups`; inside of `whole`."""
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
     log: dict[str, float] = field(default_factory=dict)
     """Numbers put here go to the next line of metrics.jsonl."""
 
 
 class Callback:
-    """Schedules of a method; every hook may do nothing. Values and requires_grad may change, not the optimized set."""
+    """Schedules of a method; every hook may do nothing. Values and requires_grad may change, not the optimized set.
+
+    The two hooks around the optimizer are left out where the step is, because its gradient is not finite.
+    """
 
     def stage_begins(self, info: StepInfo) -> None:
         """Before the first step of a stage, also after a resume."""
@@ -112,7 +122,7 @@ class Callback:
         """Gradients are complete and clipped, weights are still old."""
 
     def after_optimizer(self, info: StepInfo) -> None:
-        """Weights are new, gradients are still there; `info.step` does not count this step yet."""
+        """Weights are new, the clipped gradients are still there; `info.step` does not count this step yet."""
 
     def after_step(self, info: StepInfo) -> None:
         """The step is finished and counted, gradients are gone."""
@@ -129,6 +139,8 @@ class Method:
     """Dotted recipe paths that this method never reads: setting one is an error."""
     autocast: ClassVar[bool] = False
     """True where float32 copies of base weights train: the forward then runs under autocast in the recipe's dtype."""
+    loss_reads_weights: ClassVar[bool] = False
+    """True where `loss` reads tensors that train outside of the forward pass: ZeRO-3 then keeps them whole."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -205,7 +217,10 @@ class Method:
         return ()
 
     def state_dict(self, model: Any) -> dict[str, Any]:
-        """Return what resume needs beyond the tensors that the optimizer owns: masks, frozen factors, scores."""
+        """Return what resume needs beyond the tensors that the optimizer owns: masks, frozen factors, scores.
+
+        A method with callbacks reads buffers and values of its own here, no parameters: they may be divided by then.
+        """
         return {}
 
     def load_state_dict(self, model: Any, state: Mapping[str, Any]) -> None:

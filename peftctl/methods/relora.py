@@ -31,6 +31,7 @@ from peftctl.methods._fixed import FixedMethod
 from peftctl.methods._lengths import Length, in_steps
 from peftctl.methods._lora import LoraKeys
 from peftctl.methods.lora import Method as Lora
+from peftctl.recipe.schema import TrainSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,22 @@ class Method(FixedMethod):
         self._seed = context.recipe.train.seed
         return super().apply(model, context)
 
+    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]]:
+        """Return A and B apart from all else that trains, because a restart forgets their state; matrices decay."""
+        from peftctl.tuners.fixed_factors import factor_parameters, layers
+
+        factors = {id(p) for _, layer in layers(model) for p in factor_parameters(layer)}
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in trainable if (id(p) in factors) == ours and (p.ndim > 1) == is_matrix],
+                "weight_decay": train.weight_decay if is_matrix else 0.0,
+            }
+            for ours in (True, False)
+            for is_matrix in (True, False)
+        ]
+        return [group for group in groups if group["params"]]
+
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """Return the warm-up after a restart: (t mod cycle) / restart_warmup, at most 1; 1 in the first cycle."""
         cycle, warmup = cycle_steps(self.config, total_steps)
@@ -110,9 +127,8 @@ class _Restarts(base.Callback):
         restarts = info.step // cycle
         # A generator of its own: neither dropout nor the device decides the next A.
         generator = torch.Generator().manual_seed(self.seed + restarts)
-        for _, layer in layers(info.model):
-            for parameter in restart(layer, generator):
-                info.optimizer.state.pop(parameter, None)
+        with info.whole():
+            info.forget([p for _, layer in layers(info.model) for p in restart(layer, generator)])
         info.log["restarts"] = restarts
 
 

@@ -17,15 +17,14 @@ from peftctl.training.zero import compile_nothing
 
 
 def library_arguments(
-    recipe: Recipe, run: RunDir, *, autocast: bool, max_steps: int, use_cpu: bool, select: bool
+    recipe: Recipe, run: RunDir, *, autocast: str | None, max_steps: int, use_cpu: bool, select: bool
 ) -> TrainingArguments:
     """Return the library's settings for a stage.
 
     Args:
         recipe: The run's recipe.
         run: Where checkpoints go.
-        autocast: Run the forward in the recipe's dtype over float32 weights; in float16 it always does, since only so
-            does the library scale the loss, without which small gradients vanish.
+        autocast: See `autocast_type`.
         max_steps: Optimizer steps of the stage, or -1 for the recipe's epochs.
         use_cpu: No accelerator is present.
         select: Remember the lowest held-out loss.
@@ -58,8 +57,8 @@ def library_arguments(
         optim=LIBRARY_NAMES[train.optimizer],
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
-        bf16=autocast and recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
         tf32=None if train.tf32 else False,  # None takes it where the hardware has it
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,

@@ -52,11 +52,13 @@ class Hooks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Gradients are complete, weights are old."""
-        self._call(self.callback.before_optimizer)
+        if not self.trainer.engine.skips:
+            self._call(self.callback.before_optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Weights are new, gradients are still there."""
-        self._call(self.callback.after_optimizer)
+        if not self.trainer.engine.skips:
+            self._call(self.callback.after_optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The step is finished."""
@@ -64,6 +66,7 @@ class Hooks(TrainerCallback):
 
     def _call(self, hook: Callable[[StepInfo], None]) -> None:
         trainer = self.trainer
-        info = StepInfo(trainer.state.global_step, trainer.state.max_steps, trainer.model, trainer.optimizer)
+        state, engine = trainer.state, trainer.engine
+        info = StepInfo(state.global_step, state.max_steps, trainer.model, engine.forget, engine.whole)
         hook(info)
         trainer.extra.update(info.log)

@@ -22,7 +22,7 @@ from torch import nn
 from peftctl.errors import ArtifactError
 from peftctl.methods.base import Method
 
-TENSORS, METHOD, STAGE = "trainable.safetensors", "method.pt", "stage.json"
+TENSORS, METHOD, STAGE, OPTIMIZER = "trainable.safetensors", "method.pt", "stage.json", "optimizer.pt"
 Whole = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """The optimized tensors by name, and the method's state."""
 

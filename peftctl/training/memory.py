@@ -21,6 +21,7 @@ from peftctl.data.encode import EncodedRow
 from peftctl.errors import UsageError
 from peftctl.methods.base import Method
 from peftctl.recipe.schema import QuantizationSection, Recipe
+from peftctl.training.precision import autocast_type
 from peftctl.training.sharing import Sharing, read_sharing
 from peftctl.training.step_bytes import StepBytes, StepSettings, stacks, step_bytes
 from peftctl.training.widths import step_bytes_by_widths, widest_rows
@@ -116,7 +117,9 @@ def plan_memory(
     stored = quantised_layers(model, recipe.quantization)
     quantised = {id(m.weight) for m in stored.values()}
     plain = [p for p in model.parameters() if id(p) not in quantised]
-    share = read_sharing(recipe, machine.processes, offloads=machine.kind != "cpu", autocast=method.autocast)
+    share = read_sharing(
+        recipe, machine.processes, offloads=machine.kind != "cpu", autocast=autocast_type(recipe, method)
+    )
     packed, scales = quantised_bytes(model, recipe.quantization)
     hidden = model.get_input_embeddings().weight.shape[-1]
     gathered = _gathered(model) if share.engine == "fsdp" else 0
@@ -211,11 +214,12 @@ def _settings(
     recipe: Recipe, method: Method, stored: Mapping[str, Any], share: Sharing, machine: Machine
 ) -> StepSettings:
     dtype = dtype_of(recipe.model.dtype)
+    autocast = autocast_type(recipe, method)
     compute = recipe.quantization.compute_dtype
     checkpointing = recipe.train.gradient_checkpointing
     return StepSettings(
         loss=method.loss,
-        autocast=dtype if method.autocast and dtype is not torch.float32 else None,
+        autocast=dtype_of(autocast) if autocast else None,
         checkpointing=checkpointing,
         accumulates=recipe.train.gradient_accumulation > 1 or share.keeps_gradients,
         stored=dict.fromkeys(stored, recipe.quantization.bits or 0),

@@ -12,7 +12,7 @@ from typing import Any
 from peftctl.backends import processes
 from peftctl.errors import RunError
 from peftctl.training.checkpoints import Whole, read_state, read_tensors
-from peftctl.training.engine import EngineTrainer
+from peftctl.training.engine_trainer import EngineTrainer
 
 
 class SelectingTrainer(EngineTrainer):
@@ -76,13 +76,13 @@ class SelectingTrainer(EngineTrainer):
             RunError: No held-out loss was finite.
         """
         folder = self.best_checkpoint()
-        if not self.divided:
+        if not self.engine.divides_weights:
             read_state(folder, self.model, self.stage.method)
 
     def whole(self) -> Whole | None:
         """Return what a model that lies divided among the processes has learned; None for a whole one."""
-        if not self.divided:
+        if not self.engine.divides_weights:
             return None
         if self.stage.recipe.train.load_best:
             return read_tensors(self.best_checkpoint())
-        return self.whole_tensors(), self.method_state()
+        return dict(self.engine.whole_tensors()), dict(self.method_state())

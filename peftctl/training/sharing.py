@@ -117,14 +117,14 @@ class Sharing:
         return max((p.numel() * width for p in parameters), default=0)
 
 
-def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: bool) -> Sharing:
+def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: str | None) -> Sharing:
     """Return how a recipe's run spreads its tensors.
 
     Args:
         recipe: With `backend:` and a concrete dtype.
         processes: How many train together.
         offloads: The device has a memory of its own; else offloading moves nothing.
-        autocast: The method trains float32 weights under autocast, see `Method.autocast`.
+        autocast: See `autocast_type`.
 
     Raises:
         UsageError: The DeepSpeed configuration is missing, no JSON, names no stage from 1 to 3, or contradicts the
@@ -166,16 +166,16 @@ def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: bo
     )
 
 
-def _recipe_settings(recipe: Recipe, processes: int, autocast: bool) -> dict[str, Any]:
+def _recipe_settings(recipe: Recipe, processes: int, autocast: str | None) -> dict[str, Any]:
     """Return what the library puts in the place of `auto`, by the configuration's keys."""
-    train, dtype = recipe.train, recipe.model.dtype
+    train = recipe.train
     return {
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
         "train_batch_size": train.batch_size * train.gradient_accumulation * processes,
         "gradient_clipping": train.max_grad_norm,
-        "bf16.enabled": dtype == "bfloat16" and autocast,
-        "fp16.enabled": dtype == "float16",
+        "bf16.enabled": autocast == "bfloat16",
+        "fp16.enabled": autocast == "float16",
     }
 
 

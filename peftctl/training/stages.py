@@ -20,6 +20,8 @@ from peftctl.methods.base import Stage
 from peftctl.recipe.schema import Recipe
 from peftctl.training.arguments import library_arguments
 from peftctl.training.checkpoints import StageMark, Whole, read_mark
+from peftctl.training.engine import DividingEngine
+from peftctl.training.precision import autocast_type
 from peftctl.training.signals import stop_on_signal
 from peftctl.training.trainer import MethodTrainer
 from peftctl.training.workload import StageRun, Workload
@@ -91,7 +93,7 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
             args = library_arguments(
                 work.recipe,
                 work.run,
-                autocast=work.method.autocast,
+                autocast=autocast_type(work.recipe, work.method),
                 max_steps=_stage_steps(stage, main_steps),
                 use_cpu=not torch.cuda.is_available(),
                 select=is_main and (work.recipe.train.load_best or work.recipe.train.early_stopping is not None),
@@ -105,7 +107,7 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
         raise RunError("the method has no stage left to train")
     refuse_divergence(trainer)
     totals = _totals(trainer, _select(trainer))
-    trainer.leave_engine()
+    trainer.engine.leave()
     return totals
 
 
@@ -166,9 +168,9 @@ def refuse_divergence(trainer: MethodTrainer) -> None:
     Raises:
         RunError: A tensor of one process differs from the first one's.
     """
-    if trainer.args.world_size == 1 or trainer.zero_stage or trainer.divided:
+    if trainer.args.world_size == 1 or isinstance(trainer.engine, DividingEngine):
         return
-    own = {name: float(p.detach().double().abs().sum()) for name, p in trainer.owned.items()}
+    own = {name: float(p.detach().double().abs().sum()) for name, p in trainer.engine.owned.items()}
     first = processes.from_first(own)
     apart = [name for name, value in own.items() if abs(value - first[name]) > _APART * abs(first[name])]
     if apart:

@@ -81,15 +81,17 @@ class MethodTrainer(SelectingTrainer):
         self.saved_at = -1
         self.stop_agreed = False
         self.step_rows: list[str] = []
+        schedules = stage.method.callbacks(model)
         super().__init__(
             stage,
             model=model,
+            schedules=schedules,
             args=args,
             train_dataset=stage.train_rows,  # type: ignore[arg-type]
             eval_dataset=stage.eval_rows or None,  # type: ignore[arg-type]
             data_collator=stage.collate,
             callbacks=[
-                *(Hooks(self, callback) for callback in stage.method.callbacks(model)),
+                *(Hooks(self, callback) for callback in schedules),
                 StopAndShow(self),
                 *(trackers(stage.recipe, stage.run) if processes.is_first() else ()),
             ],
@@ -161,13 +163,16 @@ class MethodTrainer(SelectingTrainer):
         """Run the model as in training, which evaluation never does: with noise and smoothed labels."""
         train = self.stage.recipe.train
         with noisy_embeddings(self.model, batch["attention_mask"], train.neftune_noise):
-            return replace(supervised_forward(self.model, batch, model), smoothing=train.label_smoothing)
+            result = replace(supervised_forward(self.model, batch, model), smoothing=train.label_smoothing)
+        self.engine.forward_ends()
+        return result
 
     def _count(self, name: str, value: torch.Tensor) -> None:
         self.parts[name] += value.detach()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm before clipping, and keep a gradient that is not finite from the weights."""
+        self.engine.skips = False
         norm = super()._get_grad_norm(model, grad_norm)
         if not torch.isfinite(torch.as_tensor(norm)) and not self._scaler_skips():
             self._on_nan()
@@ -189,17 +194,13 @@ class MethodTrainer(SelectingTrainer):
         rows = [where for places in processes.gathered(self.step_rows) for where in places]
         what = f"step {self.total_step + 1}: the gradient is not finite; its rows: {_some(rows)}"
         if self.stage.recipe.train.on_nan == "skip":
-            for parameter in self.owned.values():
-                parameter.grad = None  # no optimizer moves a tensor without a gradient
+            self.engine.skip_step()
             self.stage.reporter.notice(f"{what}; left out")
             return
-        if self.is_deepspeed_enabled:  # it has stepped by now
-            kept = "the weights are lost, go on from an earlier checkpoint"
-        else:
-            kept = "no weight was changed by it"
-            if self.state.global_step:
-                self._save_checkpoint(self.model, None)
-                kept += f", and checkpoint-{self.total_step} has them"
+        kept = "no weight was changed by it"
+        if self.state.global_step:
+            self._save_checkpoint(self.model, None)
+            kept += f", and checkpoint-{self.total_step} has them"
         hint = "Lower train.learning_rate, train in float32, look at the rows, or set train.on_nan=skip"
         raise RunError(f"{what}; {kept}. {hint}")
 
@@ -230,6 +231,7 @@ class MethodTrainer(SelectingTrainer):
         line: dict[str, Any] = {"step": self.total_step, "stage": self.stage.mark.name}
         line["epoch"] = round(self.state.epoch or 0.0, 4)
         if "loss" in logs:
+            self._tr_loss.zero_()  # the library subtracts it from itself, which leaves NaN where it was NaN
             logs = logs | self._interval()
         line |= logs | self.extra
         self.extra.clear()

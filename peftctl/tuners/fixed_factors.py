@@ -67,8 +67,13 @@ def start_from(layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
     layer.fixed_factors = FixedFactors(factor_a, -factor_b, undoes_start=True)
 
 
+def factor_parameters(layer: Any) -> list[nn.Parameter]:
+    """Return what A and B are made of."""
+    return [*layer.lora_A["default"].parameters(), *layer.lora_B["default"].parameters()]
+
+
 def restart(layer: Any, generator: torch.Generator) -> list[nn.Parameter]:
-    """Append A and B to the fixed factors, draw A anew and set B to zero; return what B and A are made of.
+    """Append A and B to the fixed factors, draw A anew and set B to zero; return what A and B are made of.
 
     The layer computes what it did before. A is drawn Kaiming-uniform, as peft draws it, on the CPU on any device.
     """
@@ -83,7 +88,7 @@ def restart(layer: Any, generator: torch.Generator) -> list[nn.Parameter]:
         a.weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
         for parameter in b.parameters():
             parameter.zero_()
-    return [*a.parameters(), *b.parameters()]
+    return factor_parameters(layer)
 
 
 def factors_state(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts and tests, from wherever this is run
+from scripts import two_processes
+
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp")
 
 
@@ -43,14 +44,11 @@ def run(method: str, engine: str, options: argparse.Namespace) -> tuple[int, int
             f"train.output_dir={folder}/run", f"train.max_steps={options.steps}", "data.eval=null",
             f"train.batch_size={options.batch_size}", "train.gradient_accumulation=1", f"model.dtype={options.dtype}",
         ]  # fmt: skip
-        launcher = [] if engine == "single" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        if engine.startswith("zero"):
-            overrides += ["backend.name=deepspeed", f"backend.config=configs/deepspeed/{engine}.json"]
-        if engine == "fsdp":
-            overrides.append("backend.name=fsdp")
-        command = [sys.executable, *launcher, "-m", "peftctl", "train", f"recipes/{method}.yaml", *overrides]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+        program = "-m", "peftctl", "train", f"recipes/{method}.yaml", *overrides, *two_processes.overrides(engine)
+        done = subprocess.run(
+            two_processes.command(engine, *program), env=two_processes.environment(), cwd=two_processes.ROOT,
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
         if done.returncode:
             sys.exit(f"{method} {engine}: {(done.stdout + done.stderr)[-2000:]}")
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())

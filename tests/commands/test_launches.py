@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripts import two_processes
 from tests.commands.helpers import REPOSITORY, peftctl, write_recipe, write_rows
 
 LORA = {"name": "lora", "r": 4, "dropout": 0.0, "target_modules": "all-linear"}
 HALVED = ("train.batch_size=2", "train.gradient_accumulation=2")
 FSDP = ("backend.name=fsdp", "train.gradient_checkpointing=true")
-TORCHRUN = (
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peftctl", "train",
-)  # fmt: skip
+TORCHRUN = two_processes.command("ddp", "-m", "peftctl", "train")
 DEEPSPEED = (
     sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "peftctl", "train",
 )  # fmt: skip
@@ -36,7 +35,7 @@ def zero(name):
 
 def start(launcher, *arguments):
     """Start a launcher without waiting for it."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = two_processes.environment()
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)

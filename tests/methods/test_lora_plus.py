@@ -93,15 +93,19 @@ class Watch(base.Callback):
     def __init__(self):
         self.rates = []
 
+    def build(self, groups):
+        self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
     def before_optimizer(self, info):
-        self.rates.append([group["lr"] for group in info.optimizer.param_groups])
+        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_schedules_keep_the_ratio(tmp_path, scheduler):
     watch = Watch()
     method = Method(Config(**QV))
-    method.callbacks = lambda model: (watch,)
+    method.callbacks, method.optimizer = lambda model: (watch,), watch.build
     train(workload(tmp_path, method, max_steps=10, scheduler=scheduler, warmup_steps=2))
     assert len(watch.rates) == 10
     assert len({slow for slow, _ in watch.rates}) > 5

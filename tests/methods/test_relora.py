@@ -36,7 +36,7 @@ def cycles_of(model):
 def restarted(chosen, model, step=4, total=100, optimizer=None):
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     (callback,) = chosen.callbacks(model)
-    info = StepInfo(step, total, model, optimizer)
+    info = StepInfo(step, total, model, lambda forgotten: [optimizer.state.pop(p, None) for p in forgotten])
     callback.after_step(info)
     return info
 

@@ -295,7 +295,7 @@ def test_deepspeed_configurations_that_are_none(tmp_path, content, part):
     path.write_text(content)
     made = recipe(low_rank(), backend={"name": "deepspeed", "config": str(path)})
     with pytest.raises(UsageError, match=part):
-        read_sharing(made, 2, offloads=True, autocast=False)
+        read_sharing(made, 2, offloads=True, autocast=None)
 
 
 # -- what a step allocates -------------------------------------------------------------------------------------------

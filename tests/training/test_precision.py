@@ -6,9 +6,10 @@ import torch
 import peftctl
 from peftctl.commands.prepare import prepare
 from peftctl.errors import RunError, UsageError
-from peftctl.methods import lora
+from peftctl.methods import full, lora
 from peftctl.training import stages
 from peftctl.training.arguments import library_arguments
+from peftctl.training.precision import autocast_type
 from peftctl.training.trainer import MethodTrainer
 from tests.commands.helpers import write_recipe
 from tests.tiny import tiny_llama
@@ -83,7 +84,7 @@ def test_tf32_is_left_to_the_hardware_or_ruled_out(tmp_path, setting, given, mon
     work = workload(tmp_path, tf32=setting)
     seen = {}
     monkeypatch.setattr("peftctl.training.arguments.TrainingArguments", lambda **options: seen.update(options))
-    library_arguments(work.recipe, work.run, autocast=False, max_steps=1, use_cpu=True, select=False)
+    library_arguments(work.recipe, work.run, autocast=None, max_steps=1, use_cpu=True, select=False)
     assert seen["tf32"] is given
 
 
@@ -92,3 +93,17 @@ def test_float16_is_refused_where_nothing_scales_the_loss(tmp_path, tiny_dir):
     with pytest.raises(UsageError, match=r"model.dtype: float16 trains on GPUs only; take bfloat16, float32 or auto"):
         prepare(recipe, device="cpu")
     assert prepare(recipe, device="cuda").recipe.model.dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("method", "types"),
+    [
+        (lora.Method(lora.Config()), {"float32": None, "bfloat16": None, "float16": "float16"}),
+        (full.Method(full.Config()), {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}),
+    ],
+)
+def test_what_runs_under_autocast(tmp_path, method, types):
+    recipe = workload(tmp_path).recipe
+    for dtype, expected in types.items():
+        model = recipe.model.model_copy(update={"dtype": dtype})
+        assert autocast_type(recipe.model_copy(update={"model": model}), method) == expected

@@ -1,6 +1,7 @@
 """The training loop: scaling of the loss, accumulation, parts, stages, refusals."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -164,29 +165,36 @@ def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(tmp_path):
             seen["notice"] = text
 
     class Watched(Callback):
-        def before_optimizer(self, info):
-            self.earlier = self.state(info)
+        def build(self, groups):
+            self.optimizer, self.hooked = torch.optim.AdamW(groups), 0
+            return self.optimizer
 
         def after_optimizer(self, info):
+            self.hooked += 1
+
+        def after_step(self, info):
             if len(seen) == 1:  # the step that was left out
                 later = self.state(info)
                 seen["same"] = all(torch.equal(tensor, later[name]) for name, tensor in self.earlier.items())
+                assert self.hooked == info.step - 1
+            self.earlier = self.state(info)
 
-        @staticmethod
-        def state(info):
+        def state(self, info):
             moments = {
                 f"{i} {key}": value.clone()
-                for i, entry in enumerate(info.optimizer.state.values())
+                for i, entry in enumerate(self.optimizer.state.values())
                 for key, value in entry.items()
             }
-            return trained_tensors(info.model) | moments
+            return {n: p.clone() for n, p in trained_tensors(info.model).items()} | moments
 
     work, where = diverging(tmp_path, on_nan="skip")
-    work.method.callbacks = lambda model: [Watched()]
+    watched = Watched()
+    work.method.callbacks, work.method.optimizer = lambda model: [watched], watched.build
     object.__setattr__(work, "reporter", Watch())
     model, totals = train(work)
     assert where in seen["notice"] and seen["notice"].endswith("left out") and seen["same"]
     assert totals.steps == 12 and all(torch.isfinite(t).all() for t in trained_tensors(model).values())
+    assert [math.isfinite(line["loss"]) for line in lines(work.run)].count(False) == 1
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):

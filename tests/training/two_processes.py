@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from peftctl.errors import RunError
 from peftctl.methods.base import Context, Stage
 from peftctl.methods.lora import Config, Method
 from peftctl.models.load import load_model
@@ -20,8 +22,18 @@ from tests.tiny import save_tiny, tiny_llama
 from tests.training.helpers import workload
 
 
-class TwoStages(Method):
-    """LoRA whose lower half trains in a first stage and whose upper half trains in the main one."""
+class Diverges(Method):
+    """LoRA whose loss is NaN on the batches that hold a token, in the process that has them."""
+
+    token = 399  # no row has it of itself
+
+    def loss(self, model, batch, forward):
+        bad = float("nan") if (batch["input_ids"] == self.token).any() else 1.0
+        return {"loss": super().loss(model, batch, forward)["loss"] * bad}
+
+
+class TwoStages(Diverges):
+    """The lower half trains in a first stage and the upper half in the main one."""
 
     def stages(self):
         return (Stage("lower", steps=3), Stage())
@@ -51,8 +63,12 @@ def quantised_llama(folder):
 def main(out, config=None, storage="float32"):
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     # Rows of a step are dealt to processes: the global batch is 4 rows in either case.
-    method = Method if storage == "nf4" else TwoStages
-    work = workload(Path(out) / f"rank{rank}", method(Config(r=4, target_modules="all-linear")), batch_size=4 // world)
+    method, on_nan = (Diverges, "stop") if storage == "nf4" else (TwoStages, "skip")
+    work = workload(
+        Path(out) / f"rank{rank}", method(Config(r=4, target_modules="all-linear")),
+        batch_size=4 // world, on_nan=on_nan,
+    )  # fmt: skip
+    work.train_rows[5].input_ids[1] = Diverges.token
     if config:
         backend = BackendSection(name="deepspeed", config=config)
         work = replace(work, recipe=work.recipe.model_copy(update={"backend": backend}))
@@ -60,10 +76,12 @@ def main(out, config=None, storage="float32"):
     train = MethodTrainer.train
 
     def watched(trainer, **options):
-        result = train(trainer, **options)
+        try:
+            result = train(trainer, **options)
+        finally:
+            shares.append(quantised_bytes(trainer.model))
         owned = sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad)
         seen.append((type(trainer.model_wrapped).__name__, trainer.args.world_size, owned))
-        shares.append(quantised_bytes(trainer.model))
         return result
 
     MethodTrainer.train = watched
@@ -72,7 +90,13 @@ def main(out, config=None, storage="float32"):
     model = work.method.apply(base, Context(work.recipe))
     work.method.calibrate(model, (work.collate([row]) for row in work.train_rows))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    totals = stages.run_stages(work, model, None)
+    try:
+        totals = stages.run_stages(work, model, None)
+    except RunError as error:
+        if rank == 0:
+            kept = load_file(work.run.latest_checkpoint() / "trainable.safetensors")
+            torch.save({"error": str(error), "kept": kept, "shares": shares}, Path(out) / "result.pt")
+        return
     if rank == 0:
         after = {name: p.detach() for name, p in model.named_parameters() if p.shape == before[name].shape}
         moved = [name for name, p in after.items() if not torch.equal(p, before[name])]
