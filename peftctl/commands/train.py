@@ -35,6 +35,7 @@ from peftctl.methods.base import Context
 from peftctl.models.quantize import parameter_count
 from peftctl.recipe.schema import Recipe
 from peftctl.training.checkpoints import Whole, restore
+from peftctl.training.memory import spares_memory
 from peftctl.training.report import loss_curve
 from peftctl.training.stages import Trained, Workload, run_stages
 
@@ -111,7 +112,7 @@ class _Run:
     def go(self) -> TrainResult:
         checkpoint = self._begin()
         set_seed(self.recipe.train.seed)
-        if self.recipe.train.gradient_checkpointing and self.device.type == "cpu":
+        if self.device.type == "cpu" and spares_memory(self.recipe, self.ready.divided):
             spare_memory()
         base = self._base()
         start = start_of(self.recipe)

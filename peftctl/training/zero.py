@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedEngineWrapper
 from safetensors.torch import load_file
 from torch import distributed
 
+from peftctl.training import zero_linear
 from peftctl.training.checkpoints import TENSORS
 from peftctl.training.engine import DividingEngine, saved_optimizer
 
@@ -61,6 +62,8 @@ class Zero(DividingEngine):
         self.engine = trainer.deepspeed
         self.zero = self.engine.optimizer
         trainer.accelerator.deepspeed_engine_wrapped = _Backward(self)
+        if self.divides_weights:
+            zero_linear.install()
         if self.keep_whole:  # as DeepSpeed keeps small tensors: gathered once after every step
             for parameter in self.owned.values():
                 if not parameter.ds_persist:
@@ -80,6 +83,7 @@ class Zero(DividingEngine):
         """Take the engine away, and make the libraries forget it: models load whole again."""
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        zero_linear.remove()
         self.engine.destroy()
         unset_hf_deepspeed_config()
 
