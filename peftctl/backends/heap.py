@@ -4,7 +4,8 @@ A tensor of up to 32 MiB lies in the heap. Blocks free tensors between others th
 aligned tensor into a hole of its very size, so holes pile up. Measured on glibc 2.36 with SmolLM2-135M in float32, LoRA
 on all linear layers and 8 rows of 600 tokens: 4.1 GiB of holes beside 6.2 GiB in use; with gradient checkpointing 4.4
 beside 0.5 GiB. Pages of their own go back at once, and cost the time of getting fresh ones; with them the checkpointed
-run peaked at 1.7 GiB instead of 5.7. Weights that FSDP gathers a block at a time do the same: 1.5 GiB instead of 2.8.
+run peaked at 1.7 GiB instead of 5.7. What several processes send each other does the same: with 4 rows of some 100
+tokens a process of two peaked at 1.7 GiB instead of 2.4 (DDP), and at 1.5 instead of 2.8 (FSDP).
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class _Run:
     def go(self) -> TrainResult:
         checkpoint = self._begin()
         set_seed(self.recipe.train.seed)
-        if self.device.type == "cpu" and spares_memory(self.recipe, self.ready.divided):
+        if self.device.type == "cpu" and spares_memory(self.recipe, processes.size()):
             spare_memory()
         base = self._base()
         start = start_of(self.recipe)

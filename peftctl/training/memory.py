@@ -225,7 +225,7 @@ def _settings(
         stored=dict.fromkeys(stored, recipe.quantization.bits or 0),
         compute=dtype_of(compute) if compute else dtype,
         on_gpu=machine.kind == "cuda",
-        heap_limit=heap_limit(spared=spares_memory(recipe, share.stage == 3)) if machine.kind == "cpu" else 0,
+        heap_limit=heap_limit(spared=spares_memory(recipe, machine.processes)) if machine.kind == "cpu" else 0,
     )
 
 
@@ -242,14 +242,14 @@ def _step(
         return step_bytes_by_widths(model, batch, settings), False
 
 
-def spares_memory(recipe: Recipe, divided: bool) -> bool:
+def spares_memory(recipe: Recipe, processes: int) -> bool:
     """Tell whether a run on a CPU keeps tensors out of the heap, see `backends/heap.py`.
 
     Args:
         recipe: The run's.
-        divided: Weights are divided among processes, and gathered a block at a time.
+        processes: How many train together.
     """
-    return recipe.train.gradient_checkpointing or divided
+    return recipe.train.gradient_checkpointing or processes > 1
 
 
 def parse_bytes(text: str) -> int:

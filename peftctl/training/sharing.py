@@ -19,6 +19,8 @@ from peftctl.recipe.schema import Recipe
 
 _BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
+_REUSE = 1_000_000_000
+"""DeepSpeed's default `stage3_max_reuse_distance`, elements: weights that are used again within it stay gathered."""
 _HALF, _FULL = 2, 4
 _OURS = ("optimizer", "scheduler")
 _HALF_TYPES = ("bf16.enabled", "fp16.enabled")
@@ -96,7 +98,7 @@ class Sharing:
             optimizer = 0
             gradients = 0 if self.stage >= 2 else gradients
         if self.stage == 3:
-            buffers += 0 if gathered else 2 * self._largest_gathered(everything, width)
+            buffers += 0 if gathered else self._whole(everything) * width + min(quantised, self._kept)
             weights, quantised = self._share(weights, 3), self._share(quantised, 3)
             if self.offload_weights:
                 host, weights, quantised = host + weights + quantised, 0, 0
@@ -112,9 +114,14 @@ class Sharing:
         overlapped = self.settings.get("overlap_comm", self.stage == 3)
         return min(bucket, count) * (2 if overlapped else 1)
 
-    @staticmethod
-    def _largest_gathered(parameters: Iterable[torch.Tensor], width: int) -> int:
-        return max((p.numel() * width for p in parameters), default=0)
+    def _whole(self, parameters: Iterable[torch.Tensor]) -> int:
+        """Return elements of gathered weights: those that are used again soon, and the two largest at a time."""
+        sizes = [p.numel() for p in parameters]
+        return min(sum(sizes), max(self._kept, 2 * max(sizes, default=0)))
+
+    @property
+    def _kept(self) -> int:
+        return int(self.settings.get("stage3_max_reuse_distance", _REUSE))
 
 
 def read_sharing(recipe: Recipe, processes: int, *, offloads: bool, autocast: str | None) -> Sharing:

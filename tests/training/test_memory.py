@@ -230,7 +230,7 @@ def test_zero_stages_share_one_thing_more_each(tmp_path):
         backend = zero(tmp_path, stage)
         plan = planned(llama(), method, dtype="bfloat16", machine=four, backend=backend)
         found[stage] = (plan.weights / count, plan.gradients / count, plan.optimizer / count)
-        gathered = 2 * 2 * 400 * 64 if stage == 3 else 0  # the largest weight in use, and the next one
+        gathered = 2 * count if stage == 3 else 0  # all are used again before DeepSpeed would divide them
         assert plan.sharing == 2 * 1000 + gathered
     assert found == {1: (2, 2, 3), 2: (2, 0.5, 3), 3: (0.5, 0.5, 3)}
 
@@ -249,11 +249,13 @@ def test_offloading_moves_the_optimizer_to_main_memory(tmp_path):
 
 def test_zero_3_can_offload_weights(tmp_path):
     method = low_rank()
-    backend = zero(tmp_path, 3, offload_param={"device": "cpu"}, reduce_bucket_size="auto", overlap_comm=True)
+    section = {"reduce_bucket_size": "auto", "overlap_comm": True, "stage3_max_reuse_distance": 0}
+    backend = zero(tmp_path, 3, offload_param={"device": "cpu"}, **section)
     plan = planned(llama(), method, machine=Machine("cuda", processes=2), backend=backend)
     weights = 4 * (sum(p.numel() for p in llama().parameters()) + method.count(llama()))
     assert (plan.weights, plan.host) == (0, weights // 2)
-    assert plan.sharing == 4 * (2 * min(64 * 64, method.count(llama())) + 2 * 400 * 64)
+    gathered = 2 * 400 * 64  # the largest weight in use, and the next one
+    assert plan.sharing == 4 * (2 * min(64 * 64, method.count(llama())) + gathered)
 
 
 def test_fsdp_shares_everything_and_gathers_two_blocks():
@@ -275,6 +277,9 @@ def test_zero_3_shares_quantised_weights_but_not_their_scales(tmp_path, bits):
         llama(), low_rank(), quantization={"bits": bits}, backend=backend, machine=Machine("cuda", processes=4)
     )
     assert plan.quantised == weights // 4 + scales
+    small = zero(tmp_path, 3, stage3_max_reuse_distance=0)
+    less = planned(llama(), low_rank(), quantization={"bits": bits}, backend=small, machine=Machine("cuda", 4))
+    assert plan.sharing - less.sharing > weights  # stay gathered, as other weights do
     apart = zero(tmp_path, 3, offload_param={"device": "cpu"})
     moved = planned(llama(), low_rank(), quantization={"bits": bits}, backend=apart, machine=Machine("cuda", 4))
     assert moved.quantised == scales and moved.host == plan.weights + weights // 4

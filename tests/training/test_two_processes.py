@@ -56,9 +56,9 @@ def test_zero3_divides_4_bit_weights_and_stops_before_a_gradient_that_is_not_fin
     assert two["kept"] and all(torch.isfinite(tensor).all() for tensor in two["kept"].values())
 
 
-# A tuner, base weights, a callback with a loss, a calibration with two stages.
-SPREAD = ("adalora", "fishmask", "full", "lora")
-ENGINES = ("ddp", "zero2", "zero3")
+# A tuner, base weights, a schedule with a loss, a calibration with two stages, restarts.
+SPREAD = ("adalora", "fishmask", "full", "lora", "relora")
+ENGINES = ("ddp", "zero2", "zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
