@@ -52,12 +52,12 @@ class Hooks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Gradients are complete, weights are old."""
-        if not self.trainer.engine.skips:
+        if not self.trainer.left_out:
             self._call(self.callback.before_optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Weights are new, gradients are still there."""
-        if not self.trainer.engine.skips:
+        if not self.trainer.left_out:
             self._call(self.callback.after_optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

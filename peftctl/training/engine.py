@@ -34,8 +34,6 @@ class Engine:
         self.model = model
         self.optimizer = optimizer
         self.owned: dict[str, Any] = optimized_tensors(optimizer, model)  # engines put attributes of their own on them
-        self.skips = False
-        """Whether the step at hand is left out."""
 
     def begin(self, trainer: Any) -> None:
         """Take what the library has made of model and optimizer."""
@@ -52,7 +50,6 @@ class Engine:
 
     def skip_step(self) -> None:
         """Leave the step at hand out: no optimizer moves a tensor without a gradient."""
-        self.skips = True
         for parameter in self.owned.values():
             parameter.grad = None
 

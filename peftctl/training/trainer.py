@@ -80,6 +80,7 @@ class MethodTrainer(SelectingTrainer):
         self.logged_step = 0
         self.saved_at = -1
         self.stop_agreed = False
+        self.left_out = False  # the step at hand
         self.step_rows: list[str] = []
         schedules = stage.method.callbacks(model)
         super().__init__(
@@ -172,9 +173,9 @@ class MethodTrainer(SelectingTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm before clipping, and keep a gradient that is not finite from the weights."""
-        self.engine.skips = False
         norm = super()._get_grad_norm(model, grad_norm)
-        if not torch.isfinite(torch.as_tensor(norm)) and not self._scaler_skips():
+        self.left_out = not torch.isfinite(torch.as_tensor(norm))
+        if self.left_out and not self._scaler_skips():
             self._on_nan()
         return norm
 

@@ -54,6 +54,7 @@ class Zero(DividingEngine):
         self.keep_whole = keep_whole and stage == 3
         self.show_gradients = show_gradients
         self.groups: list[list[Any]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._skips = False
         self._gradients: Mapping[str, torch.Tensor] = {}
 
     def begin(self, trainer: Any) -> None:
@@ -105,12 +106,12 @@ class Zero(DividingEngine):
     def step(self) -> None:
         """Clip, step, and divide or gather the new weights, which DeepSpeed does in one."""
         self.engine.step()
-        if self.skips:
-            self.zero.overflow = False  # the schedule goes on, as in other engines
+        if self._skips:
+            self._skips = self.zero.overflow = False  # the schedule goes on, as in other engines
 
     def skip_step(self) -> None:
         """Let DeepSpeed drop the gradients, as it does where 16 bits overflow."""
-        self.skips = True
+        self._skips = True
         self.zero.check_grad_overflow = True  # else stages 1 and 2 look at 16 bits alone
 
     def gradients(self) -> Mapping[str, torch.Tensor | None]:

@@ -1,5 +1,7 @@
 """float16 with a scaled loss, here with the scaler that a GPU would get; TF32; what a CPU refuses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import peftctl
 from peftctl.commands.prepare import prepare
 from peftctl.errors import RunError, UsageError
 from peftctl.methods import full, lora
+from peftctl.methods.base import Callback
 from peftctl.training import stages
 from peftctl.training.arguments import library_arguments
 from peftctl.training.precision import autocast_type
@@ -64,8 +67,19 @@ def test_a_scaled_loss_in_float16_trains_as_float32_does_and_goes_on_after_a_sto
 
 
 def test_a_scale_that_is_too_large_costs_a_step_and_does_not_end_the_run(tmp_path, scaler):
+    finite = []
+
+    class Looks(Callback):
+        def after_optimizer(self, info):
+            gradients = [p.grad for p in info.model.parameters() if p.requires_grad]
+            finite.append(all(torch.isfinite(gradient).all() for gradient in gradients))
+
     scales = scaler(2.0**40)
-    model, totals = train(in_float16(tmp_path, max_steps=40), model=tiny_llama().half())
+    work = in_float16(tmp_path, max_steps=40)
+    work.method.callbacks = lambda model: [Looks()]
+    model, totals = train(work, model=tiny_llama().half())
+    lost = sum(after < before for before, after in pairwise(scales))
+    assert all(finite) and 10 < len(finite) == 40 - lost  # schedules see the steps that are taken
     assert scales[0] == 2.0**40 and scales[-1] < 2.0**30 and totals.steps == 40
     assert all(torch.isfinite(t).all() for t in trained_tensors(model).values())
 
