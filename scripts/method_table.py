@@ -147,7 +147,7 @@ def data_files(recipe: Path) -> list[Path]:
 
 
 def modules_of(file: Path, seen: frozenset[Path] = frozenset()) -> set[Path]:
-    """Return a method's file and those of methods/ and tuners/ that it imports, at any depth."""
+    """Return a method's file and those of methods/ and tuners/ that it imports, at any depth, but for the interface."""
     found = {file}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or not node.module:
@@ -157,7 +157,7 @@ def modules_of(file: Path, seen: frozenset[Path] = frozenset()) -> set[Path]:
         candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for module in candidates:
             path = ROOT / f"{module.replace('.', '/')}.py"
-            if path.is_file() and path not in seen | found:
+            if path.is_file() and path not in seen | found and path.name != "base.py":
                 found |= modules_of(path, seen | found)
     return found
 
