@@ -51,8 +51,8 @@ class SelectingTrainer(EngineTrainer):
         return best | {"stopped_early": True}
 
     def _run_epoch(self, *args: Any, **where: Any) -> None:
-        """Train an epoch; a run that is resumed after its early stop has none left."""
-        if self.stopped_early:
+        """Train an epoch; a run that is resumed after its last step or its early stop has none left."""
+        if self.stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **where)

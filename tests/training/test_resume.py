@@ -53,6 +53,17 @@ def test_stopped_and_resumed_equals_straight(tmp_path, stop, number):
     )
 
 
+@pytest.mark.parametrize("steps", [5, 6])  # within an epoch, and at its end
+def test_a_run_that_was_killed_after_its_last_step_has_none_left(tmp_path, steps):
+    work = workload(tmp_path, max_steps=steps, save_steps=steps)
+    model, totals = train(work)
+    assert work.run.latest_checkpoint().name == f"checkpoint-{steps}"
+    again, totals_again = train(work, work.run.latest_checkpoint())
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, trained_tensors(again)[name]), name
+    assert totals.steps == totals_again.steps == steps and max(losses(work.run)) == steps
+
+
 def test_accumulation_and_epoch_end_resume_too(tmp_path):
     settings = {"max_steps": None, "epochs": 2.0, "batch_size": 2, "gradient_accumulation": 3}
     model, _ = train(workload(tmp_path / "straight", **settings))
