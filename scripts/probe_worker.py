@@ -31,6 +31,7 @@ from peftctl.models.load import load_model
 from peftctl.recipe.schema import BackendSection, QuantizationSection, Recipe
 from peftctl.recipe.write import dump_recipe
 from peftctl.training.checkpoints import restore
+from peftctl.training.precision import autocast_type
 from peftctl.training.stages import Workload, run_stages
 from scripts.probe_matrix import ROOT, SILENT, TODO, Run
 from tests import tiny
@@ -130,7 +131,9 @@ class Trial:
     def _keep(self, model: Any, name: str) -> None:
         """Save what trains, and the logits."""
         tensors = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
-        tensors["logits"] = probe_logits(model.eval(), PROBE)
+        computed = autocast_type(self.recipe, self.case.method())
+        with torch.autocast("cpu", torch.bfloat16, enabled=computed is not None):
+            tensors["logits"] = probe_logits(model.eval(), PROBE).float()
         save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, self.out / f"{name}.safetensors")
 
     def _merge(self, method: Any, model: Any) -> str:
