@@ -35,7 +35,7 @@ SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.02, "nf4": 0.02, "int8": 0.02}
 SAME_CHANGE = {"float32": 0.02, "bfloat16": 0.5, "nf4": 0.3, "int8": 0.3}
 """Largest difference of what training has made of a tensor, as a share of the norm of its change in one process."""
 ROUNDED = {"bfloat16": 2.0**-6}
-"""And of logits computed in 16 bits, as a share of their norm (seen: 0.8 to 1.3 %): training changes some by 2 % only."""
+"""And of logits computed in 16 bits, as a share of their norm (seen: 0.8 to 1.3 %): training changes some by 2 %."""
 SILENT = 120
 """Seconds without a result after which a run counts as hanging."""
 
