@@ -63,7 +63,7 @@ class Sharing:
     @property
     def keeps_gradients(self) -> bool:
         """Whether gradients, or a copy of them, stay while activations are there."""
-        return self.stage is not None or self.processes > 1
+        return self.stage is not None
 
     def state(
         self, parameters: Iterable[torch.Tensor], optimizer: int, hidden: int, quantised: int = 0, gathered: int = 0

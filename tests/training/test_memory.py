@@ -224,7 +224,8 @@ def test_zero_stages_share_one_thing_more_each(tmp_path):
     count = method.count(llama())
     four = Machine("cuda", processes=4)
     alone = planned(llama(), method, machine=four)
-    assert alone.weights == alone.gradients == alone.sharing == 4 * count
+    assert alone.weights == alone.sharing == 4 * count  # the buckets
+    assert alone.gradients <= 4 * count  # they come one by one, as in one process
     found = {}
     for stage in (1, 2, 3):
         backend = zero(tmp_path, stage)
