@@ -34,8 +34,8 @@ SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.02, "nf4": 0.02, "int8": 0.02}
 """Largest difference of a step's loss, nats. Half types and quantised bases round."""
 SAME_CHANGE = {"float32": 0.02, "bfloat16": 0.5, "nf4": 0.3, "int8": 0.3}
 """Largest difference of what training has made of a tensor, as a share of the norm of its change in one process."""
-ROUNDED = {"bfloat16": 2.0**-6}
-"""And of logits computed in 16 bits, as a share of their norm (seen: 0.8 to 1.3 %): training changes some by 2 %."""
+ROUNDED = {"logits": 2.0**-6, "weights": 2.0**-9}
+"""And in bfloat16, as a share of their norm: logits (seen: 0.8 to 1.3 %), and weights that ZeRO keeps in 16 bits."""
 SILENT = 120
 """Seconds without a result after which a run counts as hanging."""
 
@@ -186,7 +186,7 @@ def compare(run: Run, single: Path, other: Path) -> str:
         if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: its gradient is nothing but rounding
             continue
         change = (tensor - before[name]).norm().clamp_min(1e-6 * tensor.norm())
-        rounded = ROUNDED.get(run.storage, 0.0) * tensor.norm() if name == "logits" else 0.0
+        rounded = ROUNDED["logits" if name == "logits" else "weights"] * tensor.norm() * (run.storage == "bfloat16")
         off = (others[name] - tensor).norm()
         if not off <= SAME_CHANGE[run.storage] * change + rounded:
             return f"{run.kind}: {name} differs by {float(off / change):.2g} of its change"
