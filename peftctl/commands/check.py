@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from peftctl.models.load import STAND_IN_TOKENIZER, stand_in
 from peftctl.recipe.schema import Recipe
 from peftctl.recipe.write import dump_recipe
 from peftctl.training.memory import Machine, MemoryPlan, parse_bytes
-from peftctl.training.stages import total_steps
+from peftctl.training.stages import stage_steps
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def check(
     planned = plan(ready, machine)
     available = total // processes if total is not None and kind == "cpu" else total
     advice = advise(ready, machine, planned, available) if available is not None and planned.total > available else []
-    shown = ready.train_rows[:preview_rows]
+    shown, stages = ready.train_rows[:preview_rows], ready.method.stages(recipe)
     supervision = {"training": ready.train_report}
     if ready.eval_report:
         supervision["held-out"] = ready.eval_report
@@ -134,7 +133,7 @@ def check(
         recipe_yaml=dump_recipe(recipe, unread=ready.method.unread),
         trainable=ready.trainable,
         total=ready.total,
-        steps=total_steps(recipe, math.ceil(len(ready.train_rows) / processes)) if ready.trainable else 0,
+        steps=sum(stage_steps(stages, recipe, ready.train_rows, processes)) if ready.trainable else 0,
         plan=planned,
         processes=processes,
         available=available,

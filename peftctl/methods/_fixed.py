@@ -42,7 +42,11 @@ class FixedMethod(LoraMethod):
         """Return one ordinary LoRA adapter, [B F] and [A; E], on the untouched base."""
         from peftctl.tuners.fixed_factors import into_one_adapter
 
-        return into_one_adapter(super().export(model))
+        return into_one_adapter(super().export(model), self.last_rank())
+
+    def last_rank(self) -> int | None:
+        """Return how many rows of A, and columns of B, were trained at last; None is all."""
+        return None
 
     def _select(self, model: PreTrainedModel) -> Selection:
         return refuse_embeddings(super()._select(model), self.config.name)

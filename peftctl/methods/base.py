@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftctl.data.encode import EncodedRow
     from peftctl.data.formats import Example
     from peftctl.models.supervised import Supervised
 
@@ -76,11 +77,22 @@ class Stage:
 
     Args:
         name: Written to metrics.jsonl.
-        steps: Optimizer steps, a fraction of the main stage, or None for the main stage (`epochs`, `max_steps`).
+        steps: Optimizer steps; or a fraction of the run's; or None, for what the recipe says: `epochs` over the rows of
+            the stage, or its share of `max_steps`, which is dealt evenly to the stages without steps of their own.
+        rows: Chooses from the training rows, at least one; None takes all.
     """
 
     name: str = "main"
     steps: int | float | None = None
+    rows: Callable[[Sequence[EncodedRow]], Sequence[EncodedRow]] | None = None
+
+    def choose(self, rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
+        """Return the training rows of this stage."""
+        return rows if self.rows is None else self.rows(rows)
+
+
+Batches = Callable[[Stage], "Iterable[Mapping[str, torch.Tensor]]"]
+"""Stage -> its training rows, one a batch and on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +184,11 @@ class Method:
         """Inject, patch, initialise or choose what trains; return the model to train (often a PeftModel)."""
         raise NotImplementedError
 
-    def stages(self) -> Sequence[Stage]:
+    def stages(self, recipe: Recipe) -> Sequence[Stage]:
         """Return the stages, the main one last."""
         return (Stage(),)
 
-    def enter(self, model: Any, stage: Stage) -> None:
+    def enter(self, model: Any, stage: Stage, batches: Batches) -> None:
         """Prepare the model where a stage begins, before its optimizer is built. Not called where one is resumed."""
 
     def calibrate(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
@@ -192,6 +204,10 @@ class Method:
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
         """Return the optimizer of these groups; None takes the recipe's."""
         return None
+
+    def schedule_steps(self, total_steps: int) -> int:
+        """Return after how many steps of the stage the recipe's schedule, warm-up included, begins anew."""
+        return total_steps
 
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """Return what the recipe's schedule is multiplied by at a step of the stage, counted from 0."""

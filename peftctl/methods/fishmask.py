@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftctl.errors import RunError, UsageError
-from peftctl.methods import _heads, _targets, base
+from peftctl.methods import _groups, _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
 from peftctl.recipe.schema import Positive, TrainSection
 
@@ -101,14 +101,8 @@ class Method(base.Method):
         """Return the values, which decay though they are vectors, and a head's parameters, as usual."""
         from peftctl.tuners.sparse_delta import layers
 
-        values = [layer.delta_values["default"] for _, layer in layers(model)]
-        ours = {id(p) for p in values}
-        head = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-        groups = [
-            {"params": [*values, *(p for p in head if p.ndim > 1)], "weight_decay": train.weight_decay},
-            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        values, head = _groups.apart(model, (layer.delta_values["default"] for _, layer in layers(model)))
+        return [{"params": values, "weight_decay": train.weight_decay}, *_groups.by_decay(head, train)]
 
     def state_dict(self, model: Any) -> dict[str, Any]:
         """Return the mask."""

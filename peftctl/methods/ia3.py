@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftctl.errors import UsageError
-from peftctl.methods import _heads, _targets, base
+from peftctl.methods import _groups, _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
 
 if TYPE_CHECKING:
@@ -87,15 +87,9 @@ class Method(base.Method):
         """Return the vectors, without weight decay, and a classifier's head as any other method has it."""
         from peft.tuners.ia3 import IA3Layer
 
-        vectors = [p for m in model.modules() if isinstance(m, IA3Layer) for p in m.ia3_l.parameters()]
-        own = {id(p) for p in vectors}
-        head = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        groups = [
-            {"params": vectors, "weight_decay": 0.0},
-            {"params": [p for p in head if p.ndim > 1], "weight_decay": train.weight_decay},
-            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        layers = [module for module in model.modules() if isinstance(module, IA3Layer)]
+        vectors, head = _groups.apart(model, (p for layer in layers for p in layer.ia3_l.parameters()))
+        return [{"params": vectors, "weight_decay": 0.0}, *_groups.by_decay(head, train)]
 
     def export(self, model: Any) -> Any:
         """Return the adapter, with a classifier's head in the base's type, as peft loads it."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftctl.methods import base
+from peftctl.methods import _groups, base
 from peftctl.methods._lora import LoraKeys, LoraMethod, refuse_embeddings
 from peftctl.methods.lora import Method as Lora
 
@@ -55,20 +55,10 @@ class Method(LoraMethod):
         """Return B at ratio times the recipe's rate and all else at the rate; only matrices decay, as everywhere."""
         from peft.tuners.lora import LoraLayer
 
-        trainable = [p for p in model.parameters() if p.requires_grad]
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        fast = {id(p) for layer in layers for p in layer.lora_B.parameters()}
-        rates, decays = (train.learning_rate, self.config.ratio * train.learning_rate), (0.0, train.weight_decay)
-        groups = [
-            {
-                "params": [p for p in trainable if (id(p) in fast) == is_fast and (p.ndim > 1) == is_matrix],
-                "lr": rates[is_fast],
-                "weight_decay": decays[is_matrix],
-            }
-            for is_fast in (False, True)
-            for is_matrix in (True, False)
-        ]
-        return [group for group in groups if group["params"]]
+        fast, slow = _groups.apart(model, (p for layer in layers for p in layer.lora_B.parameters()))
+        rate = train.learning_rate
+        return [*_groups.by_decay(slow, train, lr=rate), *_groups.by_decay(fast, train, lr=self.config.ratio * rate)]
 
     def _select(self, model: PreTrainedModel) -> Selection:
         return refuse_embeddings(super()._select(model), "lora_plus")

@@ -21,23 +21,17 @@ learns until the first restart: not so here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from peftctl.methods import base
-from peftctl.methods._fixed import FixedMethod
 from peftctl.methods._lengths import Length, in_steps
-from peftctl.methods._lora import LoraKeys
+from peftctl.methods._restart import RestartKeys, RestartMethod
 from peftctl.methods.lora import Method as Lora
-from peftctl.recipe.schema import TrainSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
-class Config(LoraKeys):
+class Config(RestartKeys):
     """The `method:` section of ReLoRA."""
 
     name: Literal["relora"] = "relora"
@@ -45,21 +39,9 @@ class Config(LoraKeys):
     """Optimizer steps, or fraction of the run, between two restarts; the last cycle may be shorter."""
     restart_warmup: Length = 0.05
     """Steps, or fraction of a cycle, over which the learning rate rises from 0 after a restart."""
-    init: Literal["kaiming"] = "kaiming"
-    """How A starts in every cycle: Kaiming-uniform, U(-1/sqrt(d_in), 1/sqrt(d_in))."""
-
-    @field_validator("init_from")
-    @classmethod
-    def _starts_anew(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError(
-                "a finished relora has the rank of all its cycles, and this one begins with r; name it in "
-                "model.adapters, which merges it first"
-            )
-        return value
 
 
-class Method(FixedMethod):
+class Method(RestartMethod):
     """LoRA that restarts, with the sum of all cycles as its update."""
 
     Config = Config
@@ -77,59 +59,14 @@ class Method(FixedMethod):
         supports=Lora.card.supports,
     )
 
-    def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
-        """Attach the A and B of the first cycle."""
-        self._seed = context.recipe.train.seed
-        return super().apply(model, context)
-
-    def param_groups(self, model: Any, train: TrainSection) -> list[dict[str, Any]]:
-        """Return A and B apart from all else that trains, because a restart forgets their state; matrices decay."""
-        from peftctl.tuners.fixed_factors import factor_parameters, layers
-
-        factors = {id(p) for _, layer in layers(model) for p in factor_parameters(layer)}
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {
-                "params": [p for p in trainable if (id(p) in factors) == ours and (p.ndim > 1) == is_matrix],
-                "weight_decay": train.weight_decay if is_matrix else 0.0,
-            }
-            for ours in (True, False)
-            for is_matrix in (True, False)
-        ]
-        return [group for group in groups if group["params"]]
+    def cycle(self, total_steps: int) -> int:
+        """Return the steps of a cycle."""
+        return cycle_steps(self.config, total_steps)[0]
 
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """Return the warm-up after a restart: (t mod cycle) / restart_warmup, at most 1; 1 in the first cycle."""
         cycle, warmup = cycle_steps(self.config, total_steps)
         return min(1.0, step % cycle / warmup) if warmup and step >= cycle else 1.0
-
-    def callbacks(self, model: Any) -> Sequence[base.Callback]:
-        """Return the restarts."""
-        return (_Restarts(self.config, self._seed),)
-
-
-class _Restarts(base.Callback):
-    """Begins a new cycle where steps are left to train it."""
-
-    def __init__(self, config: Config, seed: int):
-        self.config = config
-        self.seed = seed
-
-    def after_step(self, info: base.StepInfo) -> None:
-        """Freeze A and B, draw the next ones, and let the optimizer forget the old."""
-        import torch
-
-        from peftctl.tuners.fixed_factors import layers, restart
-
-        cycle, _ = cycle_steps(self.config, info.total_steps)
-        if info.step % cycle or info.step >= info.total_steps:
-            return
-        restarts = info.step // cycle
-        # A generator of its own: neither dropout nor the device decides the next A.
-        generator = torch.Generator().manual_seed(self.seed + restarts)
-        with info.whole():
-            info.forget([p for _, layer in layers(info.model) for p in restart(layer, generator)])
-        info.log["restarts"] = restarts
 
 
 def cycle_steps(config: Config, total: int) -> tuple[int, int]:

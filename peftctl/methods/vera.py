@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftctl.errors import UsageError
-from peftctl.methods import _heads, _targets, base
+from peftctl.methods import _groups, _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
 from peftctl.recipe.schema import Count, Positive
 
@@ -104,16 +104,10 @@ class Method(base.Method):
         from peft.tuners.vera.layer import VeraLayer
 
         layers = [module for module in model.modules() if isinstance(module, VeraLayer)]
-        vectors = [p for layer in layers for p in (*layer.vera_lambda_b.values(), *layer.vera_lambda_d.values())]
-        own = {id(p) for p in vectors}
-        head = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        own = (p for layer in layers for p in (*layer.vera_lambda_b.values(), *layer.vera_lambda_d.values()))
+        vectors, head = _groups.apart(model, own)
         rate = self.config.head_learning_rate or train.learning_rate
-        groups = [
-            {"params": vectors, "weight_decay": 0.0},
-            {"params": [p for p in head if p.ndim > 1], "weight_decay": train.weight_decay, "lr": rate},
-            {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
-        ]
-        return [group for group in groups if group["params"]]
+        return [{"params": vectors, "weight_decay": 0.0}, *_groups.by_decay(head, train, lr=rate)]
 
     def export(self, model: Any) -> Any:
         """Return the adapter, with a classifier's head in the base's type, as peft loads it."""

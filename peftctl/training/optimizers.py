@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peftctl.errors import RunError
+from peftctl.methods._groups import apart, by_decay
 from peftctl.methods.base import Method
 from peftctl.recipe.schema import TrainSection
 
@@ -30,22 +31,13 @@ def build_optimizer(method: Method, model: nn.Module, args: TrainingArguments, t
     Raises:
         RunError: A trainable tensor is in no group, in two, or a frozen one is in a group.
     """
-    groups = method.param_groups(model, train) or default_groups(model, train.weight_decay)
+    groups = method.param_groups(model, train) or by_decay(apart(model, ())[1], train)
     check_partition(model, groups)
     own = method.optimizer(groups)
     if own is not None:
         return own
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
     return optimizer_class(groups, **options)
-
-
-def default_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable tensors in two: matrices decay; vectors (biases, norms) do not, as is usual."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim > 1]
-    vectors = [p for p in trainable if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def check_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:

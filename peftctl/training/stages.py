@@ -7,7 +7,9 @@ which tensors train.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from peftctl.artifacts.rundir import RunDir
 from peftctl.backends import processes
+from peftctl.data.encode import EncodedRow
 from peftctl.errors import Interrupted, RunError
 from peftctl.methods.base import Stage
 from peftctl.recipe.schema import Recipe
@@ -77,8 +80,8 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
         Interrupted: A signal asked to stop; a checkpoint was written.
         RunError: The loss diverged, or the disk is full.
     """
-    stages = work.method.stages()
-    main_steps = total_steps(work.recipe, len(work.train_rows))
+    stages = work.method.stages(work.recipe)
+    lengths = stage_steps(stages, work.recipe, work.train_rows, processes.size())
     mark = read_mark(checkpoint) if checkpoint else StageMark(0, stages[0].name, 0)
     trainer = None
     with stop_on_signal() as stop:
@@ -86,15 +89,16 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
             stage = stages[index]
             resumed = checkpoint if index == mark.index else None
             if resumed is None:
-                work.method.enter(model, stage)
+                work.method.enter(model, stage, partial(_batches, work))
             here = mark if index == mark.index else _next_mark(trainer, index, stage)
             is_main = index == len(stages) - 1
-            stage_run = StageRun(**vars(work), stop=stop, mark=here, is_main=is_main)
+            chosen = {**vars(work), "train_rows": stage.choose(work.train_rows)}
+            stage_run = StageRun(**chosen, stop=stop, mark=here, is_main=is_main)
             args = library_arguments(
                 work.recipe,
                 work.run,
                 autocast=autocast_type(work.recipe, work.method),
-                max_steps=_stage_steps(stage, main_steps),
+                max_steps=lengths[index],
                 use_cpu=not torch.cuda.is_available(),
                 select=is_main and (work.recipe.train.load_best or work.recipe.train.early_stopping is not None),
             )
@@ -111,23 +115,35 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
     return totals
 
 
-def total_steps(recipe: Recipe, rows: int) -> int:
-    """Return the optimizer steps of the main stage."""
+def stage_steps(stages: Sequence[Stage], recipe: Recipe, rows: Sequence[EncodedRow], processes: int) -> list[int]:
+    """Return the optimizer steps of every stage, at least one each.
+
+    Args:
+        stages: Of the method.
+        recipe: Says how long to train.
+        rows: All training rows.
+        processes: That train together.
+    """
     train = recipe.train
-    if train.max_steps:
-        return train.max_steps
-    return math.ceil(train.epochs * steps_per_epoch(recipe, rows))
+    a_step = train.batch_size * train.gradient_accumulation * processes
+    share, more = divmod(train.max_steps or 0, sum(stage.steps is None for stage in stages))
+    lengths = []
+    for stage in stages:
+        if isinstance(stage.steps, int):
+            steps = stage.steps
+        elif stage.steps is not None:
+            whole = train.max_steps or math.ceil(train.epochs * math.ceil(len(rows) / a_step))
+            steps = round(stage.steps * whole)
+        elif train.max_steps:
+            steps, more = share + (more > 0), more - 1
+        else:
+            steps = math.ceil(train.epochs * math.ceil(len(stage.choose(rows)) / a_step))
+        lengths.append(max(1, steps))
+    return lengths
 
 
-def steps_per_epoch(recipe: Recipe, rows: int) -> int:
-    """Return the optimizer steps of one pass of all processes over the rows; the last one may be smaller."""
-    return math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation * processes.size()))
-
-
-def _stage_steps(stage: Stage, main_steps: int) -> int:
-    if stage.steps is None:
-        return main_steps
-    return stage.steps if isinstance(stage.steps, int) else max(1, round(stage.steps * main_steps))
+def _batches(work: Workload, stage: Stage) -> Iterator[Mapping[str, torch.Tensor]]:
+    return (work.collate([row]) for row in stage.choose(work.train_rows))
 
 
 def _next_mark(trainer: MethodTrainer | None, index: int, stage: Stage) -> StageMark:

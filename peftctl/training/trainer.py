@@ -55,8 +55,8 @@ def _some(rows: Sequence[str]) -> str:
     return ", ".join(rows[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _product(shape: Callable[[int], float], factor: Callable[[int], float]) -> Callable[[int], float]:
-    return lambda step: shape(step) * factor(step)
+def _product(shape: Callable[[int], float], factor: Callable[[int], float], span: int | None) -> Callable[[int], float]:
+    return lambda step: shape(step % span if span else step) * factor(step)
 
 
 class MethodTrainer(SelectingTrainer):
@@ -212,11 +212,13 @@ class MethodTrainer(SelectingTrainer):
     # -- optimizer -----------------------------------------------------------------------------------------------
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Build the recipe's schedule times the method's factor."""
+        """Build the recipe's schedule, which may begin anew several times, times the method's factor."""
         if self.lr_scheduler is None:
-            scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+            span = self.stage.method.schedule_steps(num_training_steps)
+            scheduler: Any = super().create_scheduler(span, optimizer)
             factor = partial(self.stage.method.learning_rate_factor, total_steps=num_training_steps)
-            scheduler.lr_lambdas = [_product(shape, factor) for shape in scheduler.lr_lambdas]
+            again = span < num_training_steps
+            scheduler.lr_lambdas = [_product(shape, factor, span if again else None) for shape in scheduler.lr_lambdas]
         return self.lr_scheduler
 
     # -- log and evaluate ----------------------------------------------------------------------------------------

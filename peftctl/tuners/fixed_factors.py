@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -72,20 +73,40 @@ def factor_parameters(layer: Any) -> list[nn.Parameter]:
     return [*layer.lora_A["default"].parameters(), *layer.lora_B["default"].parameters()]
 
 
-def restart(layer: Any, generator: torch.Generator) -> list[nn.Parameter]:
-    """Append A and B to the fixed factors, draw A anew and set B to zero; return what A and B are made of.
+def restart(
+    layer: Any,
+    generator: torch.Generator,
+    keep: float = 0.0,
+    rank: int | None = None,
+    next_rank: int | None = None,
+) -> list[nn.Parameter]:
+    """Move B A to the fixed factors and begin anew; return what A and B are made of.
 
-    The layer computes what it did before. A is drawn Kaiming-uniform, as peft draws it, on the CPU on any device.
+    The layer computes what it did before: 1 - keep of B A joins the fixed factors, and keep of it stays. With keep 0, A
+    is drawn Kaiming-uniform, as peft draws it, on the CPU on any device, and B is zero.
+
+    Args:
+        layer: A LoRA layer.
+        generator: Draws A.
+        keep: Share of B A that A and B keep, sqrt(keep) each.
+        rank: Rows of A, and columns of B, that were trained; None is all.
+        next_rank: Those that will be; the others are zero, and so are their gradients: they stay so.
     """
     a, b = layer.lora_A["default"], layer.lora_B["default"]
-    had = layer.fixed_factors
-    e, f = a.weight, b.weight
+    had, moved = layer.fixed_factors, math.sqrt(1 - keep)
+    e, f = a.weight[:rank] * moved, b.weight[:, :rank] * moved
     if had is not None:
         e, f = torch.cat([had.E, e]), torch.cat([had.F, f], dim=1)
     layer.fixed_factors = FixedFactors(e, f)
     with torch.no_grad():
+        if keep:
+            for parameter in factor_parameters(layer):
+                parameter.mul_(math.sqrt(keep))
+            return factor_parameters(layer)
         drawn = torch.empty_like(a.weight, device="cpu")
         a.weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
+        if next_rank is not None:
+            a.weight[next_rank:] = 0
         for parameter in b.parameters():
             parameter.zero_()
     return factor_parameters(layer)
@@ -110,36 +131,45 @@ def load_factors(model: nn.Module, state: dict[str, tuple[torch.Tensor, torch.Te
             layer.fixed_factors = FixedFactors(e, f, undoes_start=had is not None and had.undoes_start)
 
 
-def into_one_adapter(peft_model: Any) -> Any:
+def into_one_adapter(peft_model: Any, rank: int | None = None) -> Any:
     """Turn A, B, E and F of every layer into plain factors of rank r + q, in place; scales stay as they were.
 
+    Args:
+        peft_model: With one adapter.
+        rank: Rows of A, and columns of B, that count; None is all r.
+
     Raises:
-        ValueError: r + q is not the same multiple of r in all layers, which one adapter's settings can't say.
+        ValueError: The rank does not grow alike in all layers, which one adapter's settings can't say.
     """
     config = peft_model.peft_config["default"]
-    times = {
-        1 + layer.fixed_factors.E.shape[0] // layer.r["default"] if layer.fixed_factors is not None else 1
-        for _, layer in layers(peft_model)
-    }
-    if times == {1}:
+    pairs = {name: _all_factors(layer, rank) for name, layer in layers(peft_model)}
+    growth = {Fraction(len(pairs[name][0]), layer.r["default"]) for name, layer in layers(peft_model)}
+    if growth == {Fraction(1)}:
         return peft_model
-    if len(times) != 1:
-        raise ValueError(f"fixed factors of different sizes: {times} times r")
-    (more,) = times
-    for _, layer in layers(peft_model):
-        down, up = layer.fixed_factors.beside(layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        layer.lora_A["default"], layer.lora_B["default"] = _linear(down), _linear(up)
+    if len(growth) != 1:
+        raise ValueError(f"the ranks of the layers grow by different factors: {', '.join(map(str, growth))}")
+    (times,) = growth
+    for name, layer in layers(peft_model):
+        layer.lora_A["default"], layer.lora_B["default"] = map(_linear, pairs[name])
         layer.fixed_factors = None
-        layer.r["default"] *= more
+        layer.r["default"] = len(pairs[name][0])
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA, of every layer.
-    wider = more**0.5 if config.use_rslora else more
-    config.r *= more
+    wider = float(times) ** 0.5 if config.use_rslora else float(times)
+    config.r = int(config.r * times)
     config.lora_alpha *= wider
-    config.rank_pattern = {name: r * more for name, r in config.rank_pattern.items()}
+    config.rank_pattern = {name: int(r * times) for name, r in config.rank_pattern.items()}
     config.alpha_pattern = {name: alpha * wider for name, alpha in config.alpha_pattern.items()}
     for _, layer in layers(peft_model):
         layer.lora_alpha["default"] *= wider
     return peft_model
+
+
+def _all_factors(layer: Any, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (r + q, d_in) and (d_out, r + q), with only `rank` of r."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    down, up = (a, b) if layer.fixed_factors is None else layer.fixed_factors.beside(a, b)
+    kept = [*range(len(a))[:rank], *range(len(a), len(down))]
+    return down[kept], up[:, kept]
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

@@ -158,7 +158,7 @@ def test_a_run_without_either_key_says_nothing(tmp_path):
 
 
 class TwoStages(lora.Method):
-    def stages(self):
+    def stages(self, recipe):
         return (Stage("warm", steps=8), Stage("main"))
 
 

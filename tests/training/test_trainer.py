@@ -12,10 +12,22 @@ from peftctl.console import Reporter
 from peftctl.data.collate import Collator
 from peftctl.errors import RunError
 from peftctl.methods import lora
+from peftctl.methods._groups import by_decay
 from peftctl.methods.base import Callback, Context, Stage
-from peftctl.training.optimizers import check_partition, default_groups
+from peftctl.recipe.schema import DataSection, ModelSection, Recipe, TrainSection
+from peftctl.training.optimizers import check_partition
+from peftctl.training.stages import stage_steps
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.training.helpers import rows, train, trained_tensors, workload
+
+
+def workload_recipe(**train_keys):
+    """Return a recipe that only says how long to train."""
+    train_section = TrainSection(output_dir="run", **train_keys)
+    return Recipe(
+        model=ModelSection(name_or_path="tiny"), method=CONFIG, data=DataSection(train="rows"), train=train_section
+    )
+
 
 CONFIG = lora.Config(r=4, target_modules="all-linear")
 
@@ -65,10 +77,10 @@ def test_stages_run_in_order_with_a_step_that_never_restarts(tmp_path):
     class TwoStages(lora.Method):
         entered = ()
 
-        def stages(self):
+        def stages(self, recipe):
             return (Stage("warm", steps=0.5), Stage("main"))
 
-        def enter(self, model, stage):
+        def enter(self, model, stage, batches):
             self.entered = (*self.entered, stage.name)
             for name, parameter in model.named_parameters():
                 if "lora_A" in name:
@@ -84,6 +96,54 @@ def test_stages_run_in_order_with_a_step_that_never_restarts(tmp_path):
     assert totals.steps == 6
     resumed, _ = train(workload(tmp_path, TwoStages(CONFIG), max_steps=4), work.run.checkpoints / "checkpoint-6")
     assert all(torch.equal(t, trained_tensors(resumed)[n]) for n, t in trained_tensors(model).items())
+
+
+def test_a_stage_trains_on_its_own_rows_and_stages_share_the_steps(tmp_path):
+    seen = []
+
+    class Halves(lora.Method):
+        def stages(self, recipe):
+            return (Stage("first", rows=lambda rows: rows[:4]), Stage("second", rows=lambda rows: rows[4:12]))
+
+        def enter(self, model, stage, batches):
+            seen.append((stage.name, len(list(batches(stage)))))
+
+        def loss(self, model, batch, forward):
+            seen.append(len(batch["input_ids"]))
+            return super().loss(model, batch, forward)
+
+    work = workload(tmp_path / "epochs", Halves(CONFIG), max_steps=None, epochs=2, batch_size=4)
+    train(work)
+    assert seen == [("first", 4), 4, 4, ("second", 8), 4, 4, 4, 4]
+    shared = workload(tmp_path / "steps", Halves(CONFIG), max_steps=5)
+    train(shared)
+    assert [line["stage"] for line in lines(shared.run)] == ["first"] * 3 + ["second"] * 2
+
+
+def test_stages_have_steps_of_their_own_or_their_share():
+    recipe = workload_recipe(max_steps=7, batch_size=2, gradient_accumulation=2)
+    stages = (Stage("a", steps=3), Stage("b", steps=0.5), Stage("c"), Stage("d"))
+    assert stage_steps(stages, recipe, rows(24), 1) == [3, 4, 4, 3]
+    by_epochs = workload_recipe(max_steps=None, epochs=1.5, batch_size=2, gradient_accumulation=2)
+    assert stage_steps(stages, by_epochs, rows(24), 1) == [3, 4, 9, 9]
+    assert stage_steps(stages, by_epochs, rows(24), 2) == [3, 2, 5, 5]
+    few = (Stage("e", rows=lambda every: every[:1]), Stage("f", steps=0.01))
+    assert stage_steps(few, by_epochs, rows(24), 1) == [2, 1]
+
+
+def test_a_schedule_that_begins_anew_warms_up_again(tmp_path):
+    class Twice(lora.Method):
+        def schedule_steps(self, total_steps):
+            return total_steps // 2
+
+    settings = {"max_steps": 8, "warmup_steps": 2, "scheduler": "linear", "learning_rate": 0.01}
+    twice = workload(tmp_path / "twice", Twice(CONFIG), **settings)
+    train(twice)
+    once = workload(tmp_path / "once", lora.Method(CONFIG), **settings | {"max_steps": 4})
+    train(once)
+    expected = [line["learning_rate"] for line in lines(once.run) if "learning_rate" in line]
+    found = [line["learning_rate"] for line in lines(twice.run) if "learning_rate" in line]
+    assert found == pytest.approx(2 * expected) and len(set(expected)) > 2
 
 
 def test_callbacks_see_every_step_and_write_to_the_log(tmp_path):
@@ -243,7 +303,7 @@ def test_held_out_loss_is_logged_between(tmp_path):
 
 def test_vectors_do_not_decay_and_every_tensor_is_in_one_group():
     model = tiny_llama()
-    groups = default_groups(model, 0.1)
+    groups = by_decay(model.parameters(), TrainSection(output_dir="run", weight_decay=0.1))
     check_partition(model, groups)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.ndim == 1 for p in groups[1]["params"])
@@ -259,7 +319,7 @@ def test_vectors_do_not_decay_and_every_tensor_is_in_one_group():
 )
 def test_wrong_groups_are_refused(change, message):
     model = tiny_llama()
-    groups = default_groups(model, 0.0)
+    groups = by_decay(model.parameters(), TrainSection(output_dir="run"))
     change(groups)
     with pytest.raises(RunError, match=message):
         check_partition(model, groups)

@@ -35,10 +35,10 @@ class Diverges(Method):
 class TwoStages(Diverges):
     """The lower half trains in a first stage and the upper half in the main one."""
 
-    def stages(self):
+    def stages(self, recipe):
         return (Stage("lower", steps=3), Stage())
 
-    def enter(self, model, stage):
+    def enter(self, model, stage, batches):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_((stage.name == "lower") == (".layers.0." in name or ".layers.1." in name))
