@@ -33,7 +33,8 @@ from peftctl.recipe.write import dump_recipe
 from peftctl.training.checkpoints import restore
 from peftctl.training.precision import autocast_type
 from peftctl.training.stages import Workload, run_stages
-from scripts.probe_matrix import ROOT, SILENT, TODO, Run
+from scripts.probe_matrix import SILENT, TODO, Run
+from scripts.two_processes import backend
 from tests import tiny
 from tests.methods.conformance import PROBE, Bench, Case
 from tests.methods.conformance_models import CASES, MODELS, head_of
@@ -169,11 +170,6 @@ class Trial:
             "batch_size": ROWS_A_STEP if alone else 2, "gradient_accumulation": 1 if alone else 2, "seed": 0,
             "gradient_checkpointing": self.kind == "checkpointing", "learning_rate": 1e-3, "max_grad_norm": 1.0,
         }  # fmt: skip
-        backend = BackendSection(name="fsdp" if self.engine == "fsdp" else "single")
-        if self.engine.startswith("zero"):
-            backend = BackendSection(
-                name="deepspeed", config=str(ROOT / "configs" / "deepspeed" / f"{self.engine}.json")
-            )
         dtype = "bfloat16" if self.storage == "bfloat16" else "float32"
         case = self.case.recipe
         return case.model_copy(
@@ -181,7 +177,7 @@ class Trial:
                 "model": case.model.model_copy(update={"dtype": dtype}),
                 "train": case.train.model_copy(update=train),
                 "quantization": self._bits,
-                "backend": backend,
+                "backend": BackendSection(**backend(self.engine)),
             }
         )
 

@@ -15,11 +15,16 @@ def command(engine: str, *program: str | Path) -> list[str]:
     return [*([sys.executable] if engine == "single" else TORCHRUN), *map(str, program)]
 
 
-def overrides(engine: str) -> list[str]:
-    """Return what a recipe must say for an engine of the matrix, or of configs/deepspeed."""
+def backend(engine: str) -> dict[str, str]:
+    """Return the `backend:` section of an engine of the matrix, or of configs/deepspeed."""
     if engine.startswith("zero"):
-        return ["backend.name=deepspeed", f"backend.config={ROOT}/configs/deepspeed/{engine}.json"]
-    return ["backend.name=fsdp"] if engine == "fsdp" else []
+        return {"name": "deepspeed", "config": f"{ROOT}/configs/deepspeed/{engine}.json"}
+    return {"name": "fsdp" if engine == "fsdp" else "single"}
+
+
+def overrides(engine: str) -> list[str]:
+    """Return the same as arguments of a command."""
+    return [f"backend.{key}={value}" for key, value in backend(engine).items()]
 
 
 def environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ from scripts import two_processes
 from tests.commands.helpers import REPOSITORY, peftctl, write_recipe, write_rows
 
 LORA = {"name": "lora", "r": 4, "dropout": 0.0, "target_modules": "all-linear"}
+through = two_processes.overrides
 HALVED = ("train.batch_size=2", "train.gradient_accumulation=2")
 FSDP = ("backend.name=fsdp", "train.gradient_checkpointing=true")
 TORCHRUN = two_processes.command("ddp", "-m", "peftctl", "train")
@@ -26,11 +27,6 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc
 GPUS = ("scripts/launch_gpus.sh", "-n", "2")
 ACCELERATE = ("scripts/launch_accelerate.sh", "-n", "2")
 NODES = ("scripts/launch_nodes.sh", "HOSTFILE")
-
-
-def zero(name):
-    """Return the overrides of a run through DeepSpeed."""
-    return "backend.name=deepspeed", f"backend.config=configs/deepspeed/{name}.json"
 
 
 def start(launcher, *arguments):
@@ -114,8 +110,8 @@ def launched(launcher, recipe, name, *overrides):
 
 @pytest.mark.parametrize(
     ("name", "launcher", "overrides"),
-    [("fsdp", GPUS, FSDP), ("zero1", ACCELERATE, zero("zero1")), ("zero2_offload", NODES, zero("zero2_offload")),
-     ("zero3", DEEPSPEED, zero("zero3"))],
+    [("fsdp", GPUS, FSDP), ("zero1", ACCELERATE, through("zero1")), ("zero2_offload", NODES, through("zero2_offload")),
+     ("zero3", DEEPSPEED, through("zero3"))],
 )  # fmt: skip
 def test_two_processes_leave_what_one_leaves(recipe, single, name, launcher, overrides):
     run, printed = launched(launcher, recipe, name, *overrides)
@@ -193,7 +189,7 @@ def test_without_the_first_rank_another_one_tells(recipe, long):
 @LINUX
 def test_a_run_whose_rank_was_killed_goes_on_through_another_engine(recipe, long):
     out, arguments = killed(recipe, long, "killed-1", 1)
-    code, printed = ended(start(TORCHRUN, *arguments, *zero("zero2"), "--resume"))
+    code, printed = ended(start(TORCHRUN, *arguments, *through("zero2"), "--resume"))
     assert code == 0 and "resuming after step" in printed, printed[-3000:]
     assert_same_run(out, long[1])
 
