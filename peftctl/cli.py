@@ -178,10 +178,15 @@ def evaluate(
     recipe: Annotated[str | None, typer.Option(help="Take data and metrics from here.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the base model beside it.")] = False,
     tasks: Annotated[str | None, typer.Option(help="Benchmarks of lm-eval, or task files, with commas.")] = None,
+    ensemble: Annotated[
+        int | None, typer.Option(min=1, help="Of lora_dropout: mean probabilities of so many modules, e.g. 4.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run, an adapter, a merged or a plain model on held-out rows, or on benchmarks."""
     if tasks is not None:
+        if ensemble is not None:
+            raise UsageError("--ensemble measures held-out rows, not --tasks; leave one of them out")
         from peftctl.commands.tasks import evaluate_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -191,7 +196,7 @@ def evaluate(
         return
     from peftctl.commands import evaluate as evaluating
 
-    result = evaluating.evaluate(target, overrides or (), recipe=recipe, with_base=base)
+    result = evaluating.evaluate(target, overrides or (), recipe=recipe, with_base=base, ensemble=ensemble)
     content = {"target": target, "metrics": dict(result.metrics), "base": result.base, "samples": list(result.samples)}
     if not _emit(content, as_json):
         console.show_evaluation(result)

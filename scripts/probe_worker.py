@@ -30,7 +30,7 @@ from peftctl.console import Reporter
 from peftctl.models.load import load_model
 from peftctl.recipe.schema import BackendSection, QuantizationSection, Recipe
 from peftctl.recipe.write import dump_recipe
-from peftctl.training.checkpoints import restore
+from peftctl.training.checkpoints import Whole, restore
 from peftctl.training.precision import autocast_type
 from peftctl.training.stages import Workload, run_stages
 from scripts.probe_matrix import SILENT, TODO, Run
@@ -98,7 +98,13 @@ class Trial:
         """Train; return what came out where this is the first process, whose tensors are saved too."""
         checkpoint = self._prepare()
         case, method = self.case, self.case.method()
-        load = Workload(self.recipe, method, self._rows(), [], case.collate(method), self.run, Reporter())
+
+        def rebuild(whole: Whole) -> Any:
+            rebuilt = case.apply(method, self._base())
+            restore(rebuilt, method, *whole, where=self.run.path)
+            return rebuilt
+
+        load = Workload(self.recipe, method, self._rows(), [], case.collate(method), self.run, Reporter(), rebuild)
         model = case.apply(method, self._base())
         if checkpoint is None:
             method.calibrate(model, (load.collate([row]) for row in load.train_rows[:4]))
@@ -106,8 +112,7 @@ class Trial:
             self._keep(model, f"{self.name}.before")
         totals = run_stages(load, model, checkpoint)
         if totals.whole is not None:
-            model = case.apply(method, self._base())
-            restore(model, method, *totals.whole, where=self.run.path)
+            model = rebuild(totals.whole)
         if not processes.is_first():
             return {}
         self._keep(model, self.name)

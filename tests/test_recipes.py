@@ -142,6 +142,8 @@ def test_it_trains_a_few_steps_on_a_tiny_model(path, tiny_folders, tmp_path):
         ("lora", ["method.target_modules=[q_proj, v_proj]"], 460_800),
         ("lora", ["method.target_modules=null"], 460_800),
         ("lora", [], 2_442_240),
+        ("longlora", [], 29_268_288),
+        ("lisa", [], 35_392_320),
         ("lora", ["method.target_modules=[q_proj, k_proj, v_proj, o_proj]"], 921_600),
         ("lora", ["method.r=16"], 4_884_480),
         ("dora", ["method.r=8"], 2_597_760),

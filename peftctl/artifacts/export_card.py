@@ -123,7 +123,8 @@ def _merged(parity: Mapping[str, Any]) -> list[str]:
 def _special(artefact: Artefact, merged: bool) -> list[str]:
     """Return what a user of the result must know."""
     bits = (artefact.manifest["base"].get("quantization") or {}).get("bits")
-    rows = artefact.manifest.get("config_changes", {}).get("vocab_size")
+    changed = artefact.manifest.get("config_changes", {})
+    rows, rope = changed.get("vocab_size"), changed.get("rope_parameters")
     template = artefact.manifest.get("template", "chat")
     lines = []
     if bits:
@@ -132,6 +133,9 @@ def _special(artefact: Artefact, merged: bool) -> list[str]:
         lines += [f"It has new tokens: the base must be resized to {rows:,} rows before the adapter is attached."]
     if rows and merged:
         lines += [f"It has new tokens: {rows:,} rows of embeddings."]
+    if rope:
+        where = "config.json here says so" if merged else "the base must be loaded with these positions, see below"
+        lines += [f"Positions are divided by {rope['factor']:g} (linear RoPE): {where}."]
     if template == "chat":
         lines += ["Conversations are written by the chat template that comes with the tokenizer here."]
     else:
@@ -147,11 +151,13 @@ def _snippet(artefact: Artefact, *, merged: bool, name: str) -> str:
     assert artefact.base is not None and artefact.folder is not None  # an adapter of peftctl's has both
     published = name != "DIRECTORY"
     place = public_name(artefact.base) if published else resolve(artefact.base)
-    lines = base_lines(place, task, artefact.manifest["base"]["dtype"], artefact.manifest.get("head"))
+    changed = artefact.manifest.get("config_changes", {})
+    dtype, rope = artefact.manifest["base"]["dtype"], changed.get("rope_parameters")
+    lines = base_lines(place, task, dtype, artefact.manifest.get("head"), rope)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
     if not artefact.has_weights:
         return code([*lines, tokenizer])
-    if rows := artefact.manifest.get("config_changes", {}).get("vocab_size"):
+    if rows := changed.get("vocab_size"):
         lines += [f"base.resize_token_embeddings({rows})  # rows of the added tokens"]
     first = type_lines(read_json(artefact.folder / ADAPTER_CONFIG)["peft_type"])
     attached = f'model = PeftModel.from_pretrained(base, "{name}")'

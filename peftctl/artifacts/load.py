@@ -14,13 +14,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from peftctl.artifacts.checks import ADAPTER_WEIGHTS, read_keys
 from peftctl.artifacts.dtypes import stored_dtype
-from peftctl.artifacts.locate import ADAPTER_CONFIG, Artefact, fetched, locate
+from peftctl.artifacts.locate import ADAPTER_CONFIG, Artefact, fetched, locate, of_task
 from peftctl.artifacts.manifest import read_json
-from peftctl.errors import ArtifactError, UsageError, did_you_mean
+from peftctl.errors import ArtifactError, UsageError
 from peftctl.models.classifier import Head
 from peftctl.models.fingerprint import directory_fingerprint, weights_fingerprint
 from peftctl.models.load import language_task, load_model, load_tokenizer
 from peftctl.models.quantize import is_quantized
+from peftctl.models.rope import set_rope
 from peftctl.models.source import weights_folder
 from peftctl.models.vocabulary import fit_vocabulary
 from peftctl.recipe.schema import CLASSIFICATION, ModelSection, QuantizationSection, Task
@@ -39,7 +40,7 @@ def load(
 
     Args:
         target: See `locate`; several adapters of one base, as a list, come on one model, see `several.load_several`.
-        task: Which task of an artefact with several.
+        task: Which task of an artefact with several, by its name or its number; left out, the default one.
         dtype: Of the weights; left out, what an adapter was trained on, and what a model is stored in.
         device: Where to put it; left out, the CPU.
 
@@ -56,9 +57,8 @@ def load(
         several = load_several(target, task=task, dtype=dtype, device=device)
         return several.model, several.tokenizer
     artefact = fetched(locate(target))
-    tasks = artefact.manifest.get("tasks", [])
-    if task is not None and task not in tasks:
-        raise UsageError(f"{target}: has no task '{task}'" + (f"; {did_you_mean(task, tasks)}" if tasks else ""))
+    if task is not None:
+        artefact = of_task(artefact, task)
     if not artefact.is_adapter:
         section = ModelSection(
             name_or_path=str(artefact.folder or target),
@@ -120,6 +120,8 @@ def load_base(
         )
     except UsageError as error:
         raise UsageError(f"{artefact.target}: its base model: {error}") from error
+    if rope := artefact.manifest.get("config_changes", {}).get("rope_parameters"):
+        set_rope(model, rope)
     expected = artefact.manifest.get("base", {}).get("fingerprint")
     if expected is None:
         return model

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peftctl.artifacts import manifest as manifests
 from peftctl.artifacts.checks import ADAPTER_WEIGHTS
 from peftctl.artifacts.rundir import RunDir
-from peftctl.errors import UsageError
+from peftctl.errors import UsageError, did_you_mean
 from peftctl.models.aliases import ALIASES
 from peftctl.models.source import hub_answers
 
@@ -90,6 +90,30 @@ def fetched(artefact: Artefact) -> Artefact:
     return artefact if folder is None else replace(_adapter(artefact.target, folder), kind="hub", path=None)
 
 
+def of_task(artefact: Artefact, task: str) -> Artefact:
+    """Return one task of an artefact with several.
+
+    Args:
+        artefact: What `fetched` returned.
+        task: Its name, or its number among `data.sources`, from 0.
+
+    Raises:
+        UsageError: There is no such task.
+    """
+    tasks = artefact.manifest.get("tasks", [])
+    name = tasks[int(task)] if task not in tasks and task.isdecimal() and int(task) < len(tasks) else task
+    if name not in tasks:
+        hint = f"; {did_you_mean(task, tasks)}" if tasks else ""
+        raise UsageError(f"{artefact.target}: has no task '{task}'{hint}")
+    if name == artefact.manifest["own_task"]["name"]:
+        return artefact
+    assert artefact.folder is not None  # its manifest was read there
+    folder = artefact.folder / name
+    if artefact.kind == "hub":
+        snapshot_download(artefact.target, allow_patterns=[f"{name}/*"])
+    return replace(artefact, folder=folder, manifest=manifests.read(folder))
+
+
 def _from_directory(name: str, path: Path) -> Artefact:
     run = RunDir(path)
     if run.holds_run():
@@ -98,7 +122,8 @@ def _from_directory(name: str, path: Path) -> Artefact:
         if _is_adapter(run.adapter):
             return replace(_adapter(name, run.adapter), kind="run", path=path, recipe=run.recipe)
         raise UsageError(f"{name}: this run is not finished; go on with: peftctl train {run.recipe} --resume")
-    recipe = RunDir(path.absolute().parent).recipe
+    home = path.absolute().parent
+    recipe = RunDir(home.parent if path.name in manifests.read(home).get("tasks", []) else home).recipe
     found = recipe if recipe.is_file() else None
     if _is_adapter(path):
         return replace(_adapter(name, path), recipe=found)

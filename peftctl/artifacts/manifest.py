@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def build(
     chat_template: Any,
     config_changes: Mapping[str, Any] | None = None,
     head: Mapping[str, Any] | None = None,
+    tasks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of peftctl.json for the result of a run.
 
@@ -52,6 +53,7 @@ def build(
         chat_template: The tokenizer's: a string, a mapping of names to strings, or None.
         config_changes: What the base's configuration must be changed to before the result is attached, by key.
         head: `labels` and `pad_token_id` of a classifier's head; None for a language model.
+        tasks: Of a method that trains several: their names, in the order of `data.sources`; see `of_task`.
     """
     return {
         "format": FORMAT,
@@ -69,9 +71,21 @@ def build(
         "template": recipe.data.template,
         "template_hash": hashlib.sha256(json.dumps(chat_template).encode()).hexdigest() if chat_template else None,
         "config_changes": dict(config_changes or {}),
-        "tasks": [],
+        "tasks": list(tasks),
         **({"head": dict(head)} if head else {}),
     }
+
+
+def of_task(content: Mapping[str, Any], task: str, *, alone: bool) -> dict[str, Any]:
+    """Return the content of peftctl.json for one task of an artefact with several.
+
+    Args:
+        content: What `build` returned.
+        task: Its name.
+        alone: It lies in a folder of its own, and others can't be asked for there.
+    """
+    own = {"name": task, "source": content["tasks"].index(task)}
+    return {**content, "tasks": [] if alone else content["tasks"], "own_task": own}
 
 
 def _made_of(recipe: Recipe) -> dict[str, Any]:

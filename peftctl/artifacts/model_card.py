@@ -11,11 +11,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from peftctl.artifacts.manifest import portable_name, read
+from peftctl.methods import registry
 from peftctl.models.aliases import ALIASES, resolve
 from peftctl.models.classifier import classification_task, labels_of
 from peftctl.models.load import AUTO_CLASSES
 from peftctl.models.vocabulary import vocabulary_rows
-from peftctl.recipe.schema import CLASSIFICATION, Recipe
+from peftctl.recipe.schema import CLASSIFICATION
 
 if TYPE_CHECKING:
     from peftctl.artifacts.manifest import ArtifactInfo
@@ -42,7 +43,7 @@ def render_card(exported: Any, info: ArtifactInfo) -> str:
             f"{card.summary}\n",
             table(rows),
             "## How to load it\n",
-            _snippet(exported, recipe),
+            _snippet(exported, info),
             f"With peftctl: `{use}`, or `model, tokenizer = peftctl.load(DIRECTORY)`.\n",
         ]
     )
@@ -84,6 +85,14 @@ def head_record(exported: Any) -> dict[str, Any] | None:
     return {"labels": labels_of(exported), "pad_token_id": exported.config.pad_token_id}
 
 
+def changed_config(exported: Any, info: ArtifactInfo) -> dict[str, Any]:
+    """Return what the base's configuration must be changed to: by the method, and to rows for new tokens."""
+    if exported is None:
+        return {}
+    changes = dict(registry.get(info.method)(info.recipe.method).config_changes(exported))
+    return changes | ({"vocab_size": vocabulary_rows(exported)} if info.recipe.model.add_tokens else {})
+
+
 def public_name(name_or_path: str) -> str:
     """Return how a base is called outside this machine: its hub id, or the name of its directory.
 
@@ -109,17 +118,19 @@ def front_matter(base: str, method: str, *, library: str, license: str | None = 
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
-def _snippet(exported: Any, recipe: Recipe) -> str:
+def _snippet(exported: Any, info: ArtifactInfo) -> str:
     """Return Python that loads the artefact with the libraries alone."""
+    recipe, changed = info.recipe, changed_config(exported, info)
     if isinstance(exported, PreTrainedModel):
         return code(whole_lines("DIRECTORY", recipe.model.task))
     place = portable_name(resolve(recipe.model.name_or_path))
-    base = base_lines(place, recipe.model.task, recipe.model.dtype, head_record(exported))
+    rope = changed.get("rope_parameters")
+    base = base_lines(place, recipe.model.task, recipe.model.dtype, head_record(exported), rope)
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'
     if exported is None:
         return code([*base, tokenizer])
-    if recipe.model.add_tokens:
-        base = [*base, f"base.resize_token_embeddings({vocabulary_rows(exported)})  # rows of the added tokens"]
+    if rows := changed.get("vocab_size"):
+        base = [*base, f"base.resize_token_embeddings({rows})  # rows of the added tokens"]
     first = type_lines(exported.peft_config["default"].peft_type)
     adapter = 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
     return code([*first, "from peft import PeftModel", *base, adapter, tokenizer])
@@ -137,14 +148,32 @@ def type_lines(peft_type: str) -> list[str]:
     ]
 
 
-def base_lines(place: str, task: str, dtype: str, head: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the lines of Python that load a base model, with the head of a classifier, see `manifest.build`."""
+def base_lines(
+    place: str,
+    task: str,
+    dtype: str,
+    head: Mapping[str, Any] | None = None,
+    rope: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return the lines of Python that load a base model.
+
+    Args:
+        place: Directory, .gguf file or hub id.
+        task: Decides the class.
+        dtype: Of the weights.
+        head: Of a classifier, see `manifest.build`.
+        rope: The positions that the adapter was trained with, where they are not the base's own.
+    """
     auto, path = AUTO_CLASSES[task], Path(place)
     where = f'"{path.parent}", gguf_file="{path.name}"' if path.suffix == ".gguf" else f'"{place}"'
+    said = "# positions as in training: without them the adapter does not fit"
+    positions = [said, f"rope = {dict(rope)}"] if rope else []
+    options = _head_options(head) + (", rope_parameters=rope" if rope else "")
     return [
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'base = {auto}.from_pretrained({where}, dtype="{dtype}"{_head_options(head)})',
+        *positions,
+        f'base = {auto}.from_pretrained({where}, dtype="{dtype}"{options})',
     ]
 
 

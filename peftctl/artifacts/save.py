@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from peftctl.artifacts import manifest as manifests
 from peftctl.artifacts.checks import check_weights
 from peftctl.artifacts.manifest import ArtifactInfo
-from peftctl.artifacts.model_card import head_record, render_card
+from peftctl.artifacts.model_card import changed_config, head_record, render_card
 from peftctl.artifacts.rundir import RunDir, staged
 from peftctl.models.aliases import resolve
-from peftctl.models.vocabulary import vocabulary_rows
 from peftctl.recipe.schema import Recipe
+from peftctl.tuners.task_tensors import become, tasks_of
 
 MAX_SHARD = "5GB"
 
@@ -33,16 +33,18 @@ def save_artifact(
         max_shard_size: Largest file of a whole model.
 
     Returns:
-        The directory that was written.
+        The directory that was written; of several tasks the default one's, with the others' in folders of their names.
 
     Raises:
         ArtifactError: A post-condition does not hold: keys, sizes, finite values. Nothing was written.
         RunError: The disk is full.
     """
     target = run.model if isinstance(exported, PreTrainedModel) else run.adapter
-    grown = {"vocab_size": vocabulary_rows(exported)} if info.recipe.model.add_tokens and exported is not None else {}
+    changed = changed_config(exported, info)
     head, template = head_record(exported), tokenizer.chat_template
-    manifest = manifests.build(info.recipe, info.base_fingerprint, template, grown, head)
+    tasks = tasks_of(exported)
+    names = list(tasks.tensors) if tasks else []
+    manifest = manifests.build(info.recipe, info.base_fingerprint, template, changed, head, names)
     with staged(target) as folder:
         folder.mkdir()
         if isinstance(exported, PreTrainedModel):
@@ -50,10 +52,30 @@ def save_artifact(
             check_weights(folder)
         elif exported is not None:
             _save_adapter(exported, folder, info.recipe)
-        tokenizer.save_pretrained(folder)
-        manifests.write(folder, manifest)
-        (folder / "README.md").write_text(render_card(exported, info), encoding="utf-8")
+        if tasks:
+            _save_tasks(exported, tokenizer, folder, manifest, info)
+            manifest = manifests.of_task(manifest, tasks.default, alone=False)
+        _save_rest(exported, tokenizer, folder, manifest, info)
     return target
+
+
+def _save_tasks(exported: Any, tokenizer: Any, folder: Path, manifest: dict[str, Any], info: ArtifactInfo) -> None:
+    """Write the adapter of every task but the default one, whole, into a folder of its name."""
+    tasks = tasks_of(exported)
+    assert tasks is not None
+    for task in tasks.tensors:
+        if task != tasks.default:
+            become(exported, task)
+            (folder / task).mkdir()
+            _save_adapter(exported, folder / task, info.recipe)
+            _save_rest(exported, tokenizer, folder / task, manifests.of_task(manifest, task, alone=True), info)
+    become(exported, tasks.default)
+
+
+def _save_rest(exported: Any, tokenizer: Any, folder: Path, manifest: dict[str, Any], info: ArtifactInfo) -> None:
+    tokenizer.save_pretrained(folder)
+    manifests.write(folder, manifest)
+    (folder / "README.md").write_text(render_card(exported, info), encoding="utf-8")
 
 
 def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> None:

@@ -38,6 +38,7 @@ from peftctl.training.checkpoints import Whole, restore
 from peftctl.training.memory import spares_memory
 from peftctl.training.report import loss_curve
 from peftctl.training.stages import Trained, Workload, run_stages
+from peftctl.tuners.task_tensors import become, tasks_of
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ class _Run:
         if trained.whole is not None:
             del model
             model = self._rebuilt(trained.whole)
-        artefact, reference = self._save(model, initial, trained)
+        artefact, references = self._save(model, initial, trained)
         del model, initial
         gc.collect()
-        after = self._verify(artefact, reference)
+        after = self._verify(artefact, references)
         return processes.from_first(self._finish(artefact, trained, peak, before or {}, after))
 
     def _begin(self) -> Path | None:
@@ -223,11 +224,14 @@ class _Run:
             collate=self.collate_training,
             run=self.run,
             reporter=self.reporter,
+            rebuild=self._rebuilt,
         )
         return run_stages(work, model, checkpoint)
 
-    def _save(self, model: Any, initial: dict[str, str], trained: Trained) -> tuple[Path, torch.Tensor]:
-        """Write the artefact, check its files, and return the logits that it must reproduce."""
+    def _save(
+        self, model: Any, initial: dict[str, str], trained: Trained
+    ) -> tuple[Path, dict[str | None, torch.Tensor]]:
+        """Write the artefact, check its files, and return the logits that it, or each of its tasks, must reproduce."""
         model.eval()
         if self.method.autocast:  # float32 weights were for training; the artefact has the recipe's dtype
             cast_weights(model, devices.dtype_of(self.recipe.model.dtype))
@@ -235,7 +239,7 @@ class _Run:
         if "moved" not in gates_off:
             checks.check_moved(model, initial)
         exported = self.method.export(model)
-        reference = checks.probe_logits(model if exported is None else exported, self._probe())
+        references = self._references(model if exported is None else exported)
         info = ArtifactInfo(
             method=self.recipe.method.name,
             card=self.method.card,
@@ -248,16 +252,28 @@ class _Run:
                 "train_loss": trained.loss,
             },
         )
-        return save.save_artifact(exported, self.ready.tokenizer, self.run, info), reference
+        return save.save_artifact(exported, self.ready.tokenizer, self.run, info), references
+
+    def _references(self, exported: Any) -> dict[str | None, torch.Tensor]:
+        """Return the logits of every task, the default one last, or of the artefact itself."""
+        tasks, found = tasks_of(exported), {}
+        for task in sorted(tasks.tensors, key=lambda name: name == tasks.default) if tasks else [None]:
+            if task is not None:
+                become(exported, task)
+            found[task] = checks.probe_logits(exported, self._probe())
+        return found
 
     def _probe(self) -> list[list[int]]:
         rows = self.ready.eval_rows or self.ready.train_rows
         return [row.input_ids for row in rows[:4]]
 
-    def _verify(self, artefact: Path, reference: torch.Tensor) -> dict[str, float]:
-        """Reload the artefact, compare its logits, and evaluate what was reloaded."""
-        model, _ = load(str(artefact), device=self.device)
-        checks.check_reload(reference, model, self._probe(), artefact)
+    def _verify(self, artefact: Path, references: dict[str | None, torch.Tensor]) -> dict[str, float]:
+        """Reload the artefact, task by task, compare logits, and evaluate what was reloaded last."""
+        model = None
+        for task, reference in references.items():
+            del model  # before another one takes its memory
+            model, _ = load(str(artefact), task=task, device=self.device)
+            checks.check_reload(reference, model, self._probe(), artefact)
         return self._evaluate(model, "after")
 
     def _evaluate(self, model: Any, when: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.errors import UsageError
+from peftctl.evaluation.ensemble import Forward
 from peftctl.evaluation.metrics import entity_f1, has_entities, macro_f1
 from peftctl.evaluation.mode import evaluating
 from peftctl.models.classifier import labels_of
@@ -34,7 +35,13 @@ class Classified:
     predicted: list[list[str]]
 
 
-def classify(model: Any, rows: Sequence[EncodedRow], collate: Collate, batch_size: int) -> Classified:
+def classify(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    collate: Collate,
+    batch_size: int,
+    forward: Forward = supervised_forward,
+) -> Classified:
     """Measure a classifier.
 
     Args:
@@ -42,6 +49,7 @@ def classify(model: Any, rows: Sequence[EncodedRow], collate: Collate, batch_siz
         rows: Held-out rows.
         collate: Pads rows to a batch.
         batch_size: Rows a forward pass; changes memory and time, not the result.
+        forward: Gives the logits; an ensemble's takes several passes.
 
     Raises:
         UsageError: No row has a class.
@@ -59,7 +67,7 @@ def classify(model: Any, rows: Sequence[EncodedRow], collate: Collate, batch_siz
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             inputs = {name: value.to(device) for name, value in collate([rows[i] for i in batch]).items()}
-            part = supervised_forward(model, inputs)
+            part = forward(model, inputs)
             loss += float(part.cross_entropy())
             chosen = iter(part.logits.argmax(dim=-1).tolist())
             for i in batch:

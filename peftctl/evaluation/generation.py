@@ -15,6 +15,7 @@ from peftctl.data.conversations import Message
 from peftctl.data.turns import Chat
 from peftctl.errors import DataError, UsageError
 from peftctl.evaluation.mode import evaluating
+from peftctl.models.rope import reach
 from peftctl.recipe.schema import Task
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def position_limit(model: Any) -> int | None:
     """Return how many tokens the model has positions for, those of a learned prompt taken off; None for no limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = reach(model.config)
     return None if positions is None else positions - (_virtual_tokens(model) or 0)
 
 

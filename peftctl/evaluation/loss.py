@@ -12,6 +12,7 @@ from peftctl.backends import processes
 from peftctl.data.encode import EncodedRow
 from peftctl.errors import UsageError
 from peftctl.evaluation.classes import classify
+from peftctl.evaluation.ensemble import Forward
 from peftctl.evaluation.mode import evaluating
 from peftctl.models.classifier import classification_task
 from peftctl.models.supervised import supervised_forward
@@ -24,6 +25,7 @@ def held_out_loss(
     batch_size: int,
     *,
     together: bool = False,
+    forward: Forward = supervised_forward,
 ) -> dict[str, float]:
     """Measure how well a model predicts the supervised tokens, or the classes, of rows.
 
@@ -33,6 +35,7 @@ def held_out_loss(
         collate: Pads rows to a batch.
         batch_size: Rows a forward pass; changes memory and time, not the result.
         together: Every process of the run calls this, and takes a share of the rows.
+        forward: Gives the logits; an ensemble's takes several passes.
 
     Returns:
         loss (nats, mean over supervised tokens of all rows), perplexity, token_accuracy (share of supervised tokens
@@ -42,7 +45,7 @@ def held_out_loss(
         UsageError: No row has a supervised token.
     """
     if classification_task(model):
-        return classify(model, rows, collate, batch_size).metrics
+        return classify(model, rows, collate, batch_size, forward).metrics
     # Rows of similar length together, so that little is padding; the longest first, so that memory runs out at once.
     ordered = sorted(rows, key=lambda row: row.tokens, reverse=True)
     batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
@@ -53,7 +56,7 @@ def held_out_loss(
     with evaluating(model) as device:
         for rows_of_batch in batches:
             batch = collate(rows_of_batch)
-            part = supervised_forward(model, {name: value.to(device) for name, value in batch.items()})
+            part = forward(model, {name: value.to(device) for name, value in batch.items()})
             loss += float(part.cross_entropy())
             correct += int(part.correct())
             tokens += len(part.labels)

@@ -28,7 +28,7 @@ from peftctl.errors import UsageError
 from peftctl.methods import _targets, base
 from peftctl.methods._lengths import Length, in_steps
 from peftctl.methods._lora import TASK_TYPES
-from peftctl.recipe.schema import OpenShare, Positive, Rate
+from peftctl.recipe.schema import OpenShare, Positive, Rate, Section
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,9 @@ _SCORES = ("exp_avg_ipt", "exp_avg_unc")
 """peft's names of I and U: parameter -> tensor of its shape."""
 
 
-class Config(base.AdapterConfig):
-    """The `method:` section of AdaLoRA."""
+class Budget(Section):
+    """Keys of how ranks start, and of where they go."""
 
-    name: Literal["adalora"] = "adalora"
     init_r: Positive = 12
     """Rank of every target at first."""
     target_r: Annotated[Positive, Field(validate_default=True)] = 8
@@ -60,6 +59,19 @@ class Config(base.AdapterConfig):
     """Smoothing of its uncertainty."""
     orth_reg_weight: Rate = 0.1
     """Weight of the orthogonality part of the loss."""
+
+    @field_validator("target_r")
+    @classmethod
+    def _prunes(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("init_r", value + 1):
+            raise ValueError(f"expected less than init_r, which is {info.data['init_r']}, got {value}")
+        return value
+
+
+class Config(Budget, base.AdapterConfig):
+    """The `method:` section of AdaLoRA."""
+
+    name: Literal["adalora"] = "adalora"
     alpha: Annotated[float, Field(gt=0)] = 16
     """Scale: the update is multiplied by alpha / init_r, also after pruning."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -73,13 +85,6 @@ class Config(base.AdapterConfig):
     def _starts_anew(cls, value: str | None) -> str | None:
         if value is not None:
             raise ValueError("a finished adalora is pruned and can't be pruned anew; merge it with model.adapters")
-        return value
-
-    @field_validator("target_r")
-    @classmethod
-    def _prunes(cls, value: int, info: ValidationInfo) -> int:
-        if value >= info.data.get("init_r", value + 1):
-            raise ValueError(f"expected less than init_r, which is {info.data['init_r']}, got {value}")
         return value
 
 

@@ -151,6 +151,8 @@ class Method:
     """Dotted recipe paths that this method never reads: setting one is an error."""
     autocast: ClassVar[bool] = False
     """True where float32 copies of base weights train: the forward then runs under autocast in the recipe's dtype."""
+    leaves_out: ClassVar[bool] = False
+    """True where a step may have no gradient for a tensor that the optimizer owns, which then stays as it is."""
     loss_reads_weights: ClassVar[bool] = False
     """True where `loss` reads tensors that train outside of the forward pass: ZeRO-3 then keeps them whole."""
 
@@ -248,3 +250,10 @@ class Method:
     def export(self, model: Any) -> Any:
         """Return the artefact: a PeftModel (goes to adapter/) or a PreTrainedModel (goes to model/)."""
         return model
+
+    def config_changes(self, model: Any) -> Mapping[str, Any]:
+        """Return what the base's configuration must be changed to for the artefact, by key: `rope_parameters`.
+
+        What `export` returned is asked. Loading and merging change the base before the adapter is attached.
+        """
+        return {}

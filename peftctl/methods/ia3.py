@@ -53,14 +53,14 @@ class Method(base.Method):
 
     def count(self, model: PreTrainedModel) -> int:
         """Return the sum of d_out over keys and values and of d_in over feed-forward ends, and a classifier's head."""
-        scaled, read = _chosen(model)
+        scaled, read = chosen(model)
         outputs = sum(_targets.in_out_features(module)[1] for module in scaled.values())
         inputs = sum(_targets.in_out_features(module)[0] for module in read.values())
         return outputs + inputs + _heads.head_parameters(model)
 
     def notices(self, model: PreTrainedModel) -> list[str]:
         """Return what the vectors scale."""
-        scaled, read = (sorted({name.rsplit(".", 1)[-1] for name in names}) for names in _chosen(model))
+        scaled, read = (sorted({name.rsplit(".", 1)[-1] for name in names}) for names in chosen(model))
         return [f"scaled: outputs of {', '.join(scaled)}; inputs of {', '.join(read)}"]
 
     def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
@@ -70,7 +70,7 @@ class Method(base.Method):
 
         from peftctl.tuners.float32_copy import widen_copies
 
-        scaled, read = _chosen(model)
+        scaled, read = chosen(model)
         feedforward = _targets.suffixes(model, read)
         config = IA3Config(
             task_type=TASK_TYPES[context.recipe.model.task],
@@ -99,7 +99,7 @@ class Method(base.Method):
         return model
 
 
-def _chosen(model: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def chosen(model: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return (layers whose outputs are scaled, layers whose inputs are), by name.
 
     Raises:

@@ -9,8 +9,9 @@ Dropout on x would keep a mask of x's size, so there is none.
     v2:  g_B <- g_B (A A^T)^-1 / s^2,   after which s g_B A = G P_A, P_A the projection onto the rows of A
 
 v2 is the second version of the paper (2026): a step on B moves s B A by the full gradient projected onto what A can
-reach. Gradients are corrected as they arrive, in float32 and with an inverse from float64 (peft's optimizer multiplies
-in bfloat16), and any optimizer takes them; where r > d_in, a pseudo-inverse stands in. They are clipped afterwards.
+reach. It is corrected inside of the backward pass, in float32 and with an inverse from float64 (peft's optimizer
+multiplies in bfloat16), and any optimizer takes it; where r > d_in, a pseudo-inverse stands in. Clipping comes after.
+With `variant: v1` nothing is corrected; where s = 1 and the rows of A are orthonormal, both versions are the same.
 """
 
 from __future__ import annotations

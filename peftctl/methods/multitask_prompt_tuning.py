@@ -5,11 +5,15 @@
 
 Every source of `data.sources` is a task, in their order, and their weights say how often each is drawn; rows of all
 tasks share batches. With `data.train` alone there is one task. P, u and v train, with a learning rate for P and
-another for u and v. Held-out rows of a `data.eval` belong to no source: they are read with the last task's prompt.
+another for u and v. Held-out rows of a `data.eval` belong to no source: they are read with the last task's prompt. Rows
+that `data.eval_fraction` held out are read with their own task's while it trains (`train.eval_steps`), and before and
+after with that of the last.
 
 Each P_k starts as P, whose first values are those of prompt tuning: the first column of u_k and row of v_k are 1, and
 of further ranks u_k is drawn from N(0, 0.02^2) and v_k is 0. peft draws all of u and v from N(0, 0.02^2), which makes
-prompts that are nearly 0. The result is the prompt of the last task, multiplied out, as a plain prompt.
+prompts that are nearly 0. The result is a plain prompt for each task, multiplied out: the last one's in adapter/, the
+others' in adapter/TASK/. A task is called as its source's file, `a` for a.jsonl, or by its number, from 0, where these
+do not tell sources apart; `peftctl.load(run, task=...)` takes the number in any case.
 
 Of the paper this is training on the mixture of sources; the prompts of single tasks that it distils from (losses on
 logits and hidden states) are not offered yet, and neither is its second run from the mean of the source tasks.
@@ -22,8 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from peftctl.errors import UsageError
-from peftctl.methods import _prompts, base
+from peftctl.methods import _prompts, _tasks, base
 from peftctl.recipe.schema import Positive, TrainSection
 
 if TYPE_CHECKING:
@@ -58,11 +61,13 @@ class Method(base.Method):
 
     config: Config
     Config = Config
+    names: Sequence[str] = ()
+    """Of the tasks, known once the method is applied."""
     card = base.Card(
         title="Multitask prompt tuning",
         paper="Wang et al. 2023, arXiv 2303.02861",
         category="prompt",
-        summary="One prompt trained on several sources at once, times a low-rank factor for each; the last one's "
+        summary="One prompt trained on several sources at once, times a low-rank factor for each; every task's "
         "prompt is saved; distillation from prompts of single tasks is not offered yet.",
         trains="the shared prompt P, and u and v of every task",
         count="n*d + K*r*(n+d), K tasks",
@@ -84,7 +89,7 @@ class Method(base.Method):
             return ["multitask_prompt_tuning: one task; it shares a prompt between several data.sources"]
         return [
             f"multitask_prompt_tuning: {self.config.tasks} tasks, one a source; adapter/ will hold the prompt of the "
-            "last, which held-out rows of data.eval are measured with"
+            "last, which held-out rows are measured with before and after training, and its folders the others'"
         ]
 
     def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
@@ -97,11 +102,9 @@ class Method(base.Method):
 
         from peftctl.tuners.prompts import TaskPromptsForCausalLM, TaskPromptsForSeq2SeqLM
 
-        keys, data = self.config, context.recipe.data
-        sources = len(data.sources) if data.sources else 1
-        if keys.tasks != sources:
-            where = "one for each of data.sources" if data.sources else "as data.train is one task"
-            raise UsageError(f"method.tasks: expected {sources}, {where}, got {keys.tasks}; correct it")
+        keys = self.config
+        _tasks.refuse_other_number(keys.tasks, context.recipe.data)
+        self.names = _tasks.names_of_sources(context.recipe.data)
         task = context.recipe.model.task
         config = MultitaskPromptTuningConfig(
             **_prompts.peft_keys(model, keys.num_virtual_tokens, task),
@@ -130,8 +133,16 @@ class Method(base.Method):
         ]
 
     def export(self, model: Any) -> Any:
-        """Return the last task's prompt, multiplied out."""
-        return _prompts.as_prompt_tuning(model, task_prompts(model)[-1])
+        """Return the last task's prompt, multiplied out, with those that other tasks have in its place."""
+        from peftctl.tuners.task_tensors import set_tasks
+
+        prompts = task_prompts(model)
+        plain = _prompts.as_prompt_tuning(model, prompts[-1])
+        if len(prompts) > 1:
+            place = "prompt_encoder.default.embedding.weight"
+            own = {name: {place: prompt} for name, prompt in zip(self.names, prompts, strict=True)}
+            set_tasks(plain, self.names[-1], own)
+        return plain
 
 
 def task_prompts(model: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from peftctl.training.zero import compile_nothing
 
 
 def library_arguments(
-    recipe: Recipe, run: RunDir, *, autocast: str | None, max_steps: int, use_cpu: bool, select: bool
+    recipe: Recipe, run: RunDir, *, autocast: str | None, max_steps: int, use_cpu: bool, select: bool, leaves_out: bool
 ) -> TrainingArguments:
     """Return the library's settings for a stage.
 
@@ -28,6 +28,7 @@ def library_arguments(
         max_steps: Optimizer steps of the stage, or -1 for the recipe's epochs.
         use_cpu: No accelerator is present.
         select: Remember the lowest held-out loss.
+        leaves_out: See `Method.leaves_out`.
     """
     train = recipe.train
     saving: Mapping[str, Any] = {"save_strategy": "epoch"}
@@ -72,7 +73,7 @@ def library_arguments(
         remove_unused_columns=False,
         use_cpu=use_cpu,
         deepspeed=recipe.backend.config,
-        ddp_find_unused_parameters=False,  # every trained tensor has a part in every step
+        ddp_find_unused_parameters=leaves_out,  # looking for them costs a pass over the graph
         ddp_broadcast_buffers=False,  # they are the same everywhere, and stay so
         **saving,
         **evaluating,

@@ -88,6 +88,8 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
         for index in range(mark.index, len(stages)):
             stage = stages[index]
             resumed = checkpoint if index == mark.index else None
+            if trainer is not None and trainer.engine.divides_weights:
+                model = _whole_again(work, trainer)
             if resumed is None:
                 work.method.enter(model, stage, partial(_batches, work))
             here = mark if index == mark.index else _next_mark(trainer, index, stage)
@@ -101,6 +103,7 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
                 max_steps=lengths[index],
                 use_cpu=not torch.cuda.is_available(),
                 select=is_main and (work.recipe.train.load_best or work.recipe.train.early_stopping is not None),
+                leaves_out=work.method.leaves_out,
             )
             trainer = MethodTrainer(stage_run, model, args)
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -115,6 +118,14 @@ def run_stages(work: Workload, model: Any, checkpoint: Path | None) -> Trained:
     return totals
 
 
+def _whole_again(work: Workload, trainer: MethodTrainer) -> Any:
+    """Return a model in one piece with what an earlier stage has learned, which lies divided in the old one."""
+    whole = dict(trainer.engine.whole_tensors()), dict(trainer.method_state())
+    trainer.engine.leave()
+    assert work.rebuild is not None  # where several processes train
+    return work.rebuild(whole)
+
+
 def stage_steps(stages: Sequence[Stage], recipe: Recipe, rows: Sequence[EncodedRow], processes: int) -> list[int]:
     """Return the optimizer steps of every stage, at least one each.
 
@@ -126,7 +137,7 @@ def stage_steps(stages: Sequence[Stage], recipe: Recipe, rows: Sequence[EncodedR
     """
     train = recipe.train
     a_step = train.batch_size * train.gradient_accumulation * processes
-    share, more = divmod(train.max_steps or 0, sum(stage.steps is None for stage in stages))
+    share, more = divmod(train.max_steps or 0, sum(stage.steps is None for stage in stages) or 1)
     lengths = []
     for stage in stages:
         if isinstance(stage.steps, int):

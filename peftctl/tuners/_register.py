@@ -10,10 +10,14 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
-from peftctl.tuners import bottleneck, sparse_delta
+from peftctl.tuners import bottleneck, fastfood, kron_block, routed, routed_vectors, sparse_delta
 
 OURS: dict[str, tuple[type[PeftConfig], type[BaseTuner]]] = {
     bottleneck.TYPE: (bottleneck.BottleneckConfig, bottleneck.BottleneckModel),
+    fastfood.TYPE: (fastfood.FastfoodConfig, fastfood.FastfoodModel),
+    kron_block.TYPE: (kron_block.KronBlockConfig, kron_block.KronBlockModel),
+    routed.TYPE: (routed.RoutedLoraConfig, routed.RoutedLoraModel),
+    routed_vectors.TYPE: (routed_vectors.RoutedVectorsConfig, routed_vectors.RoutedVectorsModel),
     sparse_delta.TYPE: (sparse_delta.SparseDeltaConfig, sparse_delta.SparseDeltaModel),
 }
 """peft_type in adapter_config.json -> its config and its tuner."""

@@ -3,14 +3,15 @@
     y = W x + s B A x + s F E x,   E: (q, d_in), F: (d_out, q), frozen
 
 PiSSA and OLoRA subtract the factors that they start from, F E = -B_0 A_0, so that W itself need not be changed; restart
-methods keep the factors of earlier cycles there. W stays the untouched base: switching the adapter off gives it back, a
-quantised or half-type base loses nothing, and the result is exactly one LoRA of rank r + q, [B F] and [A; E].
+methods keep the factors of earlier cycles there, and Delta-LoRA those that W follows from. W stays the untouched base:
+switching the adapter off gives it back, a quantised or half-type base loses nothing, and the result is exactly one LoRA
+of rank r + q, [B F] and [A; E].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -48,6 +49,31 @@ class FixedFactors(nn.Module):
         return torch.cat([first, self.E]), torch.cat([b, second], dim=1)
 
 
+class FollowedProduct(FixedFactors):
+    """The B_K A_K that W follows from, to W + weight (s B A - s B_K A_K): see `methods/delta_lora.py`.
+
+    Args:
+        e: A_K: (r, d_in).
+        f: B_K: (d_out, r).
+        weight: lambda.
+    """
+
+    def __init__(self, e: torch.Tensor, f: torch.Tensor, weight: float):
+        super().__init__(e, f)
+        self.weight = weight
+
+    def beside(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors (2 r, d_in) and (d_out, 2 r) of (1 + weight) B A - weight B_K A_K.
+
+        They are [A - A_K; A_K] and [(1 + weight) B, (1 + weight) B - weight B_K]: differences before rounding to a half
+        type, as for a start that is undone. A and B get the gradients of B A alone.
+        """
+        still = a.detach()
+        slowed = still + (a - still) / (1 + self.weight)  # of the value of A, with a share of its gradient
+        scaled = b + self.weight * b.detach()
+        return torch.cat([slowed - self.E, self.E]), torch.cat([scaled, scaled - self.weight * self.F], dim=1)
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the LoRA layers that can have fixed factors, with their names in the model."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LeanTraining))
@@ -66,6 +92,17 @@ def start_from(layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
         factor_a.copy_(a)
         factor_b.copy_(b)
     layer.fixed_factors = FixedFactors(factor_a, -factor_b, undoes_start=True)
+
+
+def follow(layer: Any, weight: float) -> None:
+    """Let W follow s B A from its present value on, without a gradient: the layer computes what it did before.
+
+    Args:
+        layer: A LoRA layer.
+        weight: lambda, how far it follows.
+    """
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    layer.fixed_factors = FollowedProduct(a, b, weight)
 
 
 def factor_parameters(layer: Any) -> list[nn.Parameter]:
@@ -121,14 +158,25 @@ def factors_state(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tenso
     }
 
 
-def load_factors(model: nn.Module, state: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give every layer the factors of `factors_state`, and none to those that had none."""
+def load_factors(
+    model: nn.Module,
+    state: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    make: Callable[[torch.Tensor, torch.Tensor], FixedFactors] | None = None,
+) -> None:
+    """Give every layer the factors of `factors_state`, and none to those that had none.
+
+    Args:
+        model: With one adapter.
+        state: Name -> (E, F).
+        make: Makes a layer's factors; None makes FixedFactors that undo a start where those that a layer has do.
+    """
     for name, layer in layers(model):
         had, like = layer.fixed_factors, layer.lora_A["default"].weight
         layer.fixed_factors = None
         if name in state:
             e, f = (factor.to(like) for factor in state[name])
-            layer.fixed_factors = FixedFactors(e, f, undoes_start=had is not None and had.undoes_start)
+            undoes_start = had is not None and had.undoes_start
+            layer.fixed_factors = make(e, f) if make else FixedFactors(e, f, undoes_start)
 
 
 def into_one_adapter(peft_model: Any, rank: int | None = None) -> Any:

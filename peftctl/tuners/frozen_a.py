@@ -19,31 +19,41 @@ def freeze_a(layer: Any) -> None:
 
 
 def correct_gradients(layer: Any) -> None:
-    """Multiply every gradient of B: (d_out, r) by (A A^T)^-1 / s^2, in place of the layer's plain one.
+    """Let B: (d_out, r) of a layer get its gradient times (A A^T)^-1 / s^2.
 
-    The map is linear, so it holds under accumulation.
+    The map is linear, so it holds under accumulation; it is part of the forward pass, so it holds for every engine that
+    divides B among processes.
     """
-    linear, scale = layer.lora_A["default"], layer.scaling["default"]
-    inverse = _Inverse(linear, scale)
-    for parameter in layer.lora_B.parameters():
-        parameter.register_hook(lambda gradient: gradient @ inverse.like(gradient))
+    layer.training_factors = _CorrectedB(layer.scaling["default"])
 
 
-class _Inverse:
-    """(A A^T)^+ / s^2: (r, r), computed once for every value that A takes."""
+class _CorrectedB:
+    """A and B of a LoRA layer in training; (A A^T)^+ / s^2: (r, r), is computed once for every value that A takes."""
 
-    def __init__(self, linear: torch.nn.Module, scale: float):
-        self.linear = linear
+    def __init__(self, scale: float):
         self.scale = scale
         self.seen: tuple[torch.Tensor, int] | None = None
-        self.value = torch.empty(0)
+        self.inverse = torch.empty(0)
 
-    def like(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return it in the type and on the device of a gradient."""
-        a: torch.Tensor = self.linear.weight  # type: ignore[assignment]
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A: (r, d_in) and B: (d_out, r), equal to those given."""
         if self.seen is None or self.seen[0] is not a or self.seen[1] != a._version:
             wide = a.cpu().double()  # not every device has float64
             self.seen = (a, a._version)
-            self.value = torch.linalg.pinv(wide @ wide.T, hermitian=True) / self.scale**2
-        self.value = self.value.to(gradient)
-        return self.value
+            self.inverse = torch.linalg.pinv(wide @ wide.T, hermitian=True) / self.scale**2
+        self.inverse = self.inverse.to(b)
+        return a, _WithGradientTimes.apply(b, self.inverse)
+
+
+class _WithGradientTimes(torch.autograd.Function):
+    """The identity of B: (d_out, r), whose gradient is multiplied by a matrix (r, r) from the right."""
+
+    @staticmethod
+    def forward(ctx: Any, b: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(matrix)
+        return b.view_as(b)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (matrix,) = ctx.saved_tensors
+        return upstream @ matrix, None

@@ -9,6 +9,7 @@ adapter answers exactly alike when plain peft has read it back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +32,13 @@ class LeanTraining:
 
     fixed_factors: Any
     """A further term of the update that does not train, see `fixed_factors.py`."""
+    training_factors: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
+    """What stands in for A: (r, d_in) and B: (d_out, r) in a training forward; None takes them as they are."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fixed_factors = None
+        self.training_factors = None
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return W x + s B A dropout(x), and s F E x where there are fixed factors, for x of shape (..., d_in)."""
@@ -57,6 +61,8 @@ class LeanTraining:
         name = self.active_adapters[0]
         a: torch.Tensor = self.lora_A[name].weight
         b: torch.Tensor = self.lora_B[name].weight
+        if self.training_factors is not None:
+            a, b = self.training_factors(a, b)
         low = functional.linear(self.lora_dropout[name](x), a.to(x.dtype))
         return self.base_layer(x) + functional.linear(low, (b * self.scaling[name]).to(x.dtype))
 

@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from peftctl.artifacts.rundir import RunDir
 from peftctl.commands.prepare import as_trained
 from peftctl.console import Reporter
 from peftctl.data.collate import Collator
+from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example, Message
 from peftctl.errors import Interrupted
 from peftctl.methods import registry
@@ -236,6 +237,11 @@ class Case:
             method.calibrate(model, (collate([row]) for row in MODELS[self.model].rows()))
         return model
 
+    def rows(self) -> list[EncodedRow]:
+        """Return the tiny model's rows, dealt to the sources of the shipped recipe where it has several."""
+        rows, sources = MODELS[self.model].rows(), len(self.recipe.data.sources or ())
+        return [replace(row, source=i % sources) for i, row in enumerate(rows)] if sources > 1 else rows
+
     def collate(self, method: Method) -> Collator:
         """Return what makes batches of rows, with the fields that the method asks for."""
         return Collator(self.tokenizer, None, method.fields())
@@ -264,7 +270,7 @@ class Case:
             checkpoint: To go on from.
             stop: The step after which a signal stops the run; 0 for none.
         """
-        run, rows, collate = self.run(recipe, name), MODELS[self.model].rows(), self.collate(method)
+        run, rows, collate = self.run(recipe, name), self.rows(), self.collate(method)
         work = Workload(recipe, method, rows, [], collate, run, StopAt(stop) if stop else Reporter())
         recorder = Recorder()
         with recorder.watching(), pytest.raises(Interrupted) if stop else nullcontext():

@@ -80,8 +80,17 @@ RENAMED: dict[str, dict[str, str]] = {
 RENAMED["tagger"] = RENAMED["bert"]
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # Experts of a micro-batch are balanced against each other, so that two batches of two don't add up to one of four.
+    "loramoe": {"balance": 0.0},
+    # An expert that no token chose stands still, and four short rows have few tokens for the eight of the recipe.
+    "mola": {"allocation": [3, 2]},
     # A square A: (r, d_in) is nearly singular, and the inverse of A A^T would make differences of rounding large.
     "lora_fa": {"r": 8, "alpha": 8},
+    # A dropout by another name: accumulated and recomputed runs would draw other masks than the straight one.
+    "lora_dropout": {"p": 0.0},
+    # Layers that share a pair have one name for it, and the suite wants all names of the start at the end. The step
+    # after the checkpoint must be in the checkpoint's stage.
+    "lora_drop": {"threshold": 1.0, "sample_steps": 0.6},
 }
 """Method -> keys of its section that a model of width 32 can't have as the recipe sets them, each with its reason."""
 

@@ -1,12 +1,11 @@
 """What the tests of prompt methods share."""
 
-from types import SimpleNamespace
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftctl.methods import multitask_prompt_tuning, p_tuning, prompt_tuning
 from peftctl.methods.base import Context
+from peftctl.recipe.schema import DataSection, Source
 from tests.methods.helpers import recipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -26,7 +25,9 @@ def method(kind, **keys):
 
 def context(chosen, task="causal_lm", sources=None, **train):
     made = recipe(chosen.config, **train)
-    data = made.data if sources is None else SimpleNamespace(sources=[None] * sources, train=None)
+    data = (
+        made.data if sources is None else DataSection(sources=[Source(path=f"task-{i}.jsonl") for i in range(sources)])
+    )
     model = made.model.model_copy(update={"task": task})
     return Context(made.model_copy(update={"model": model, "data": data}), tiny_tokenizer())
 

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
-from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.adalora import AdaLoraLayer, RankAllocator
 
 from peftctl.errors import Interrupted, UsageError
+from peftctl.evaluation.loss import held_out_loss
 from peftctl.methods.adalora import Config, Method, orthogonality, phases
 from peftctl.methods.base import StepInfo
 from peftctl.models.supervised import supervised_forward
 from peftctl.training.checkpoints import read_state
+from tests.methods.conformance import Recorder
 from tests.methods.helpers import applied, context
 from tests.tiny import save_tiny, tiny_llama, tiny_opt
 from tests.training.helpers import train, trained_tensors, workload
@@ -275,6 +278,76 @@ def test_evaluation_changes_no_score_and_has_no_regulariser(tmp_path):
     lines = [json.loads(line) for line in work.run.metrics.read_text().splitlines()]
     assert all(line["eval_loss"] < 10 for line in lines if "eval_loss" in line)
     assert all(line["loss"] > 10 for line in lines if "loss" in line)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_regulariser_counts_once_however_many_micro_batches_a_step_has(tmp_path, accumulation):
+    """lambda is 0 at first, so the gradient of P and Q in the first step is the regulariser's alone."""
+    chosen = method(orth_reg_weight=0.5)
+    model = applied(chosen, tiny_llama())
+    factors = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
+    expected = torch.autograd.grad(0.5 * orthogonality(model), list(factors.values()))
+    recorder = Recorder()
+    with recorder.watching():
+        settings = {"batch_size": 4 // accumulation, "gradient_accumulation": accumulation, "max_grad_norm": 0.0}
+        train(workload(tmp_path, chosen, max_steps=2, **settings), model=tiny_llama())
+    for name, gradient in zip(factors, expected, strict=True):
+        torch.testing.assert_close(recorder.gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_the_budget_moves_once_an_optimizer_step(tmp_path):
+    """Not once a micro-batch: steps are counted from 1, and each is scored with the gradient of all its rows."""
+    seen = []
+    chosen = method(tinit=1, tfinal=2, delta_t=1, beta1=0.5)
+
+    def spy(allocator, model):
+        gradients = recorder.gradients[len(seen) + 1]
+        lambdas = {n: p for n, p in model.named_parameters() if "lora_E" in n}
+        before = {n: allocator.exp_avg_ipt.get(n, torch.zeros_like(p)).clone() for n, p in lambdas.items()}
+        original(allocator, model)
+        for name, p in lambdas.items():
+            sensitivity = (p * gradients[f"base_model.model.{name}"]).abs()
+            torch.testing.assert_close(allocator.exp_avg_ipt[name], (before[name] + sensitivity) / 2)
+        seen.append(allocator)
+
+    original, recorder = RankAllocator.update_ipt, Recorder()
+    work = workload(tmp_path, chosen, max_steps=6, batch_size=1, gradient_accumulation=4, max_grad_norm=0.0)
+    with recorder.watching(), patch.object(RankAllocator, "update_ipt", spy):
+        train(work)
+    assert len(seen) == 6 - 2 - 1  # nothing is scored where ranks are settled
+    lines = [json.loads(line) for line in work.run.metrics.read_text().splitlines()]
+    budgets = {line["step"]: line["rank_budget"] for line in lines if "rank_budget" in line}
+    assert budgets == {1: 48, 2: 25, 3: 17, 4: 16, 5: 16, 6: 16}
+
+
+def test_held_out_losses_are_cross_entropies(tmp_path):
+    """To the last digit: peft's own forward would add its regulariser in evaluation too."""
+    work = workload(tmp_path, method(orth_reg_weight=50.0), max_steps=4, eval_steps=4)
+    model, _ = train(work)
+    plain = held_out_loss(model.merge_and_unload(), work.eval_rows, work.collate, 4)
+    lines = [json.loads(line) for line in work.run.metrics.read_text().splitlines()]
+    (measured,) = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert measured == pytest.approx(plain["loss"], rel=1e-5)
+
+
+def test_no_lambda_is_masked_before_tinit_and_after_the_settling_none_comes_back():
+    """Lambdas are made anew before every step; what a step masks is its own."""
+    chosen = method(tinit=4, tfinal=3, delta_t=2)
+    model = applied(chosen, tiny_llama())
+    (schedule,) = chosen.callbacks(model)
+    schedule.stage_begins(StepInfo(0, 13, model, None))
+    generator, standing = torch.Generator().manual_seed(0), []
+    for step in range(13):
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.grad = torch.randn(p.shape, generator=generator)
+        for layer in layers(model).values():
+            layer.lora_E["default"].data = torch.rand(6, 1, generator=generator) + 0.5
+        schedule.after_optimizer(StepInfo(step, 13, model, None))
+        standing.append(sum(live(model).values()))
+    cubic = {t: int(8 * (2 + 4 * (1 - (t - 4) / 6) ** 3)) for t in (6, 8)}
+    assert standing == [48] * 5 + [cubic[6], 48, cubic[8], 48] + [16] * 4  # step 10 settles, 11 to 13 mask alike
+    assert 48 > cubic[6] > cubic[8] > 16
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7, 9], ids=["before pruning", "while pruning", "settled", "later"])

@@ -277,7 +277,8 @@ def test_the_artefact_has_its_files_and_tensors_and_no_more(case):
     saved = case.straight.saved
     whole = MODEL_FILES - ({"generation_config.json"} if head_of(case.model) else set())
     own = {"model": whole, "adapter": ADAPTER_FILES if saved.keys else set()}[saved.folder.name]
-    assert {p.name for p in saved.folder.iterdir()} == COMMON_FILES | own
+    further = json.loads((saved.folder / "peftctl.json").read_text(encoding="utf-8"))["tasks"][1:]
+    assert {p.name for p in saved.folder.iterdir()} == COMMON_FILES | own | set(further)
     tensors = conformance.tensors_of(saved.folder)
     if saved.keys is not None:
         assert tensors.keys() == saved.keys

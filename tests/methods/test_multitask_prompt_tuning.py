@@ -13,10 +13,12 @@ from peftctl.data.collate import Collator
 from peftctl.data.dataset import encode_all, load_examples
 from peftctl.data.encode import EncodedRow
 from peftctl.errors import UsageError
+from peftctl.methods._tasks import names_of_sources
 from peftctl.methods.multitask_prompt_tuning import Config, Method, task_prompts
 from peftctl.models.supervised import supervised_forward
 from peftctl.recipe.schema import DataSection, Source
 from peftctl.training.optimizers import check_partition
+from peftctl.tuners.task_tensors import become, tasks_of
 from tests.commands.helpers import write_recipe, write_rows
 from tests.methods.prompts import IDS, attached, behind, context, method, randomise, smollm2, table
 from tests.tiny import save_tiny, tiny_llama, tiny_t5, tiny_tokenizer
@@ -206,6 +208,37 @@ def test_a_run_over_two_sources_trains_both_and_saves_the_last(tmp_path):
     assert result.summary["eval"]["after"]["loss"] < result.summary["eval"]["before"]["loss"]
     model, _ = load(result.run)
     assert model.peft_config["default"].peft_type.value == "PROMPT_TUNING"
+    prompts = {task: table(load(result.run, task=task)[0]) for task in ("train", "other", "0", "1")}
+    assert torch.equal(table(model), prompts["other"]) and not torch.equal(prompts["train"], prompts["other"])
+    assert torch.equal(prompts["0"], prompts["train"]) and torch.equal(prompts["1"], prompts["other"])
+    assert json.loads((result.artefact / "peftctl.json").read_text())["tasks"] == ["train", "other"]
+    with pytest.raises(UsageError, match="has no task 'others'; did you mean 'other'"):
+        load(result.run, task="others")
+
+
+def test_every_tasks_prompt_is_exported_as_the_model_reads_it():
+    chosen = method("multitask_prompt_tuning", tasks=3)
+    model = randomise(attached(chosen, tiny_llama().double(), sources=3).double()).eval()
+    expected = [model(input_ids=IDS, task_ids=torch.full((2,), k)).logits for k in range(3)]
+    exported = chosen.export(model).double()
+    assert list(tasks_of(exported).tensors) == ["task-0", "task-1", "task-2"]
+    torch.testing.assert_close(exported(input_ids=IDS).logits, expected[2], rtol=1e-5, atol=1e-5)
+    for name, logits in zip(tasks_of(exported).tensors, expected, strict=True):
+        become(exported, name)
+        torch.testing.assert_close(exported(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/a.jsonl", "b.csv"], ["a", "b"]),
+        (["x/a.jsonl", "y/a.jsonl"], ["0", "1"]),
+        (["a.jsonl", ["b.jsonl", "c.jsonl"]], ["0", "1"]),
+        (["a b.jsonl", "b.jsonl"], ["0", "1"]),
+    ],
+)
+def test_tasks_are_called_as_their_files_where_these_tell_them_apart(paths, names):
+    assert list(names_of_sources(DataSection(sources=[Source(path=path) for path in paths]))) == names
 
 
 def test_training_moves_the_factors_of_every_task_that_has_rows(tmp_path):

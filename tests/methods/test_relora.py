@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from peftctl.errors import Interrupted, UsageError
-from peftctl.methods.base import StepInfo
 from peftctl.methods.relora import Config, Method, cycle_steps
 from peftctl.models.load import load_model
 from peftctl.recipe.schema import ModelSection, QuantizationSection
 from peftctl.training.checkpoints import read_state
 from peftctl.tuners.fixed_factors import layers
 from tests.methods.helpers import applied, run_steps
+from tests.methods.restarts import after_step, change_ranks, held
 from tests.tiny import save_tiny, tiny_llama, tiny_t5
 from tests.training.helpers import train, trained_tensors, workload
 from tests.training.test_resume import StopAt
@@ -28,17 +28,11 @@ def method(**keys):
 
 
 def cycles_of(model):
-    """Return how many finished cycles every layer holds, which must be the same."""
-    (held,) = {0 if m.fixed_factors is None else len(m.fixed_factors.E) // m.r["default"] for _, m in layers(model)}
-    return held
+    return held(model) // 2
 
 
-def restarted(chosen, model, step=4, total=100, optimizer=None):
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    (callback,) = chosen.callbacks(model)
-    info = StepInfo(step, total, model, lambda forgotten: [optimizer.state.pop(p, None) for p in forgotten])
-    callback.after_step(info)
-    return info
+def restarted(chosen, model, step=4, optimizer=None):
+    return after_step(chosen, model, step, optimizer=optimizer)
 
 
 # -- the schedule --------------------------------------------------------------------------------------------------
@@ -107,14 +101,14 @@ def test_the_trainer_takes_the_rate(tmp_path):
 
 def test_the_output_is_the_same_before_and_after_a_restart():
     chosen = method(dropout=0.0)
-    model = applied(chosen, tiny_llama())
+    model = applied(chosen, tiny_llama().double()).double()
     for step in (4, 8):
         run_steps(model, 3)
         model.eval()
         reference = model(input_ids=IDS).logits
         restarted(chosen, model, step)
-        assert (reference - tiny_llama()(input_ids=IDS).logits).abs().max() > 1e-2
-        torch.testing.assert_close(model(input_ids=IDS).logits, reference, rtol=0, atol=1e-5)
+        assert (reference - tiny_llama().double()(input_ids=IDS).logits).abs().max() > 1e-2
+        torch.testing.assert_close(model(input_ids=IDS).logits, reference, rtol=0, atol=1e-12)
         assert not any(layer.lora_B["default"].weight.any() for _, layer in layers(model))
 
 
@@ -168,6 +162,15 @@ def test_the_rank_of_the_change_grows_by_r_a_cycle():
             change = layer.get_delta_weight("default").double()
             assert torch.linalg.matrix_rank(change, tol=1e-6) == 2 * cycle
         restarted(chosen, model, 4 * cycle)
+
+
+def test_a_run_of_three_cycles_moves_the_weights_by_a_rank_of_two_four_and_six(tmp_path):
+    chosen, ranks = method(), []
+    for steps in (4, 8, 12):
+        work = workload(tmp_path / str(steps), chosen, max_steps=steps, scheduler="constant", learning_rate=3e-2)
+        merged = chosen.export(train(work)[0]).merge_and_unload()
+        ranks.append(change_ranks(merged, tiny_llama()))
+    assert ranks == [{2}, {4}, {6}]
 
 
 # -- a run ---------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_tf32_is_left_to_the_hardware_or_ruled_out(tmp_path, setting, given, mon
     work = workload(tmp_path, tf32=setting)
     seen = {}
     monkeypatch.setattr("peftctl.training.arguments.TrainingArguments", lambda **options: seen.update(options))
-    library_arguments(work.recipe, work.run, autocast=None, max_steps=1, use_cpu=True, select=False)
+    library_arguments(work.recipe, work.run, autocast=None, max_steps=1, use_cpu=True, select=False, leaves_out=False)
     assert seen["tf32"] is given
 
 
