@@ -64,6 +64,9 @@ class Routing:
 class TaskFactors(nn.Module):
     """A_t, drawn Kaiming-uniform, and B_t, zero, of every task at one layer.
 
+    They lie in this very module, not in lists below it: engines that divide weights gather what a module itself has
+    when it is called.
+
     Args:
         tasks: How many there are.
         rank: r_t.
@@ -76,10 +79,14 @@ class TaskFactors(nn.Module):
     def __init__(self, tasks: int, rank: int, d_in: int, d_out: int, routing: Routing, device: torch.device):
         super().__init__()
         self.routing = routing
-        self.a = nn.ParameterList(torch.empty(rank, d_in, device=device) for _ in range(tasks))
-        self.b = nn.ParameterList(torch.zeros(d_out, rank, device=device) for _ in range(tasks))
-        for a in self.a:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        for task in range(tasks):
+            self.register_parameter(f"A_{task}", nn.Parameter(torch.empty(rank, d_in, device=device)))
+            self.register_parameter(f"B_{task}", nn.Parameter(torch.zeros(d_out, rank, device=device)))
+            nn.init.kaiming_uniform_(self.get_parameter(f"A_{task}"), a=math.sqrt(5))
+
+    def pair(self, task: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A_t and B_t."""
+        return self.get_parameter(f"A_{task}"), self.get_parameter(f"B_{task}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return B_t A_t x for x of shape (batch, seq, d_in) or (batch * seq, d_in), in the type of x."""
@@ -97,8 +104,8 @@ class TaskFactors(nn.Module):
         return parts[self.routing.order].reshape(*x.shape[:-1], -1)
 
     def _of(self, task: int, x: torch.Tensor) -> torch.Tensor:
-        low = functional.linear(x, self.a[task].to(x.dtype))
-        return functional.linear(low, self.b[task].to(x.dtype))
+        a, b = self.pair(task)
+        return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 class TaskTerm:
@@ -112,7 +119,7 @@ class TaskTerm:
             return self.base_layer(x, *args, **kwargs)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         # As with any LoRA here: in training A and B are rounded to the type of x, and x is widened outside of it.
-        read = self.lora_dropout["default"](x if self.training else x.to(self.task_factors.a[0].dtype))
+        read = self.lora_dropout["default"](x if self.training else x.to(self.task_factors.pair(0)[0].dtype))
         update = self.task_factors(read)
         if "default" in self.lora_A:
             a, b = self.lora_A["default"].weight.to(read.dtype), self.lora_B["default"].weight.to(read.dtype)
@@ -178,7 +185,7 @@ def into_task_adapters(peft_model: Any, tasks: Sequence[str]) -> Any:
 
 def _whole_pair(layer: Any, task: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return [A; A_t]: (r + r_t, d_in) and [B B_t]: (d_out, r + r_t); the task's alone where nothing is shared."""
-    a, b = layer.task_factors.a[task].detach(), layer.task_factors.b[task].detach()
+    a, b = (factor.detach() for factor in layer.task_factors.pair(task))
     if "default" not in layer.lora_A:
         return a.clone(), b.clone()
     shared_a, shared_b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()

@@ -53,7 +53,7 @@ def ours(given: Given) -> Values:
     _, model = attach("mtlora", FIXTURE, sources=2)
     layer, factors = lora_layer(model, given)
     own = layer.task_factors
-    trained = {**factors, "A0": own.a[0], "B0": own.b[0], "A1": own.a[1], "B1": own.b[1]}
+    trained = factors | {f"{name}{task}": own.get_parameter(f"{name}_{task}") for task in (0, 1) for name in "AB"}
     put(given, trained)
     own.routing.set(given["tasks"])
     return passed(layer, given, trained)
