@@ -41,6 +41,11 @@ from tests.methods.conformance_models import CASES, MODELS, head_of
 from tests.training.helpers import rows
 
 STEPS, HALF, ROWS_A_STEP = 4, 2, 8
+PROBED: dict[str, dict[str, Any]] = {
+    "lisa": {"gamma": 1, "interval": 1},  # of two blocks, so that one rests
+    "lora_drop": {"threshold": 0.5},  # so that layers share a pair
+}
+"""Method -> keys of its section that show more in a short run than those of its recipe."""
 
 
 def main(engine: str, out: Path) -> None:
@@ -91,6 +96,7 @@ class Trial:
         with processes.first_goes_ahead():
             bench.section(model)
         self.case: Case = bench.case(run.method, model)
+        self.case.recipe = self.case.recipe_with("method", **PROBED.get(run.method, {}))
         self.recipe = self._recipe()
         self.run = RunDir(out / run.name)
 
