@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
+
+from peftctl.tuners._layer_tuner import LayerTuner
 
 TYPE = "PEFTCTL_KRON_BLOCK"
 """What adapter_config.json calls this tuner."""
@@ -119,29 +121,12 @@ class KronBlockLayer(nn.Module, BaseTunerLayer):
         return "kron_block." + super().__repr__()
 
 
-class KronBlockModel(BaseTuner):
+class KronBlockModel(LayerTuner):
     """Puts a `KronBlockLayer` around the last linear layer of every chosen block."""
 
     prefix = "kron_block_"
     tuner_layer_cls = KronBlockLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft's name and type
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, KronBlockLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = KronBlockLayer(target, self.model.get_submodule(peft_config.entries[current_key]))
-        layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def around(self, target: nn.Module, config: Any, key: str) -> Any:
+        """Return the layer around the last linear layer of a block, which reads what goes into the block's first."""
+        return KronBlockLayer(target, self.model.get_submodule(config.entries[key]))

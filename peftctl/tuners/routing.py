@@ -11,17 +11,19 @@ gets a gradient of exactly 0 from it; `methods/_routed.py` keeps the optimizer f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from peftctl.tuners._layer_tuner import LayerTuner
 
 Init = Literal["kaiming", "normal"]
 STD = 0.02
@@ -117,30 +119,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError("every token weighs the experts anew: no weight of the base can take them up")
 
 
-class RoutedModel(BaseTuner):
+class RoutedModel(LayerTuner):
     """Puts a layer of `tuner_layer_cls` around every target."""
 
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft's name and type
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, current_key)  # type: ignore[operator]
-            return
-        layer: Any = self.tuner_layer_cls(target)  # type: ignore[call-arg]
-        layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, peft_config, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def settings(self, config: Any, key: str) -> Sequence[Any]:
+        """Return the configuration and the layer's name, which may have experts of its own number."""
+        return config, key
 
 
 def layers(peft_model: Any) -> dict[str, RoutedLayer]:

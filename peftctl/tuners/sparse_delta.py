@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from peftctl.tuners._layer_tuner import LayerTuner
 
 TYPE = "PEFTCTL_SPARSE_DELTA"
 """What adapter_config.json calls this tuner."""
@@ -130,37 +132,19 @@ class SparseDeltaLayer(nn.Module, BaseTunerLayer):
         return "sparse_delta." + super().__repr__()
 
 
-class SparseDeltaModel(BaseTuner):
+class SparseDeltaModel(LayerTuner):
     """Puts a `SparseDeltaLayer` around every layer of `counts`."""
 
     prefix = "delta_"
     tuner_layer_cls = SparseDeltaLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft's name and type
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config.counts
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        count = peft_config.counts[current_key]
-        if isinstance(target, SparseDeltaLayer):
-            target.update_layer(adapter_name, count, peft_config.inference_mode)
-            return
-        layer = SparseDeltaLayer(target)
-        layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, count, peft_config.inference_mode)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def settings(self, config: Any, key: str) -> Sequence[Any]:
+        """Return how many values the layer has, and whether they train."""
+        return config.counts[key], config.inference_mode
 
 
 def layers(peft_model: Any) -> Iterator[tuple[str, SparseDeltaLayer]]:
