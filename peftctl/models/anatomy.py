@@ -45,7 +45,7 @@ def linear_parts(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]
         `attention` and `mlp`: the names of each, in the given order. Routers of experts belong to neither.
     """
     parts: dict[str, dict[str, list[str]]] = {}
-    for place in _places(model, names):
+    for place in places(model, names):
         of_list = parts.setdefault(place.home, {"attention": [], "mlp": []})
         of_list["attention" if place.attention is not None else "mlp"].append(place.name)
     blocks = [found for found in parts.values() if found["attention"]]
@@ -70,15 +70,15 @@ def sublayer_ends(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]
     """
     names = list(names)
     width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
-    places = list(_places(model, names))
-    homes = {place.home for place in places if place.attention is not None}
+    found = list(places(model, names))
+    homes = {place.home for place in found if place.attention is not None}
     ends: dict[tuple[str, str | None], str | None] = {}
-    for place in places:
+    for place in found:
         if place.home in homes:
-            fits = _width(model.get_submodule(place.name)) == width
+            fits = widths(model.get_submodule(place.name))[1] == width
             ends[place.block, place.attention] = place.name if fits else ends.get((place.block, place.attention))
     blocks = {block: {attention is None for other, attention in ends if other == block} for block, _ in ends}
-    plain = all(found == {True, False} and not _has_experts(model.get_submodule(b)) for b, found in blocks.items())
+    plain = all(kinds == {True, False} and not _has_experts(model.get_submodule(b)) for b, kinds in blocks.items())
     if not ends or not plain or None in ends.values():
         known = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise UsageError(
@@ -103,7 +103,7 @@ def key_value_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
         UsageError: A module of attention has none of its own, as where they are fused with the queries.
     """
     found: dict[tuple[str, str], list[str]] = {}
-    for place in _places(model, names):
+    for place in places(model, names):
         if place.attention is not None:
             role = _KEY_VALUE.fullmatch(place.name.rsplit(".", 1)[-1].lower())
             found.setdefault((place.block, place.attention), []).extend([place.name] if role else [])
@@ -145,7 +145,7 @@ def fused_parts(config: Any, name: str, rows: int) -> dict[str, list[int]] | Non
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a linear layer is: the list of blocks, the block, and the module of attention around it, if any."""
 
     name: str
@@ -154,7 +154,7 @@ class _Place:
     attention: str | None
 
 
-def _places(model: nn.Module, names: Iterable[str]) -> Iterator[_Place]:
+def places(model: nn.Module, names: Iterable[str]) -> Iterator[Place]:
     """Yield where linear layers are, without those outside of blocks and those that choose experts."""
     modules = dict(model.named_modules())
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
@@ -169,7 +169,7 @@ def _places(model: nn.Module, names: Iterable[str]) -> Iterator[_Place]:
         marked = [n for n in above if _is_attention(n.rsplit(".", 1)[-1]) or _is_attention(type(modules[n]).__name__)]
         parent = name.rpartition(".")[0]
         attention = marked[0] if marked else parent if _is_attention(below[-1]) else None
-        yield _Place(name, home, block, attention)
+        yield Place(name, home, block, attention)
 
 
 def _has_experts(block: nn.Module) -> bool:
@@ -177,10 +177,11 @@ def _has_experts(block: nn.Module) -> bool:
     return any("expert" in name for name, _ in block.named_modules()) or any(p.dim() > 2 for p in block.parameters())
 
 
-def _width(layer: nn.Module) -> int:
-    width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
-    assert isinstance(width, int)
-    return width
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Return (d_in, d_out) of a linear layer, also of a quantised one."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf  # type: ignore[return-value]
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
 _KEY_VALUE = re.compile(r"w?(k|v|key|value)(_?(proj|lin|linear|layer))?")

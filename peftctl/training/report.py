@@ -27,6 +27,7 @@ def loss_curve(metrics: Path, png: Path) -> bool:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     series = {
@@ -39,8 +40,11 @@ def loss_curve(metrics: Path, png: Path) -> bool:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", yscale="log")
+    # Plain numbers: powers of ten take three times as long to draw, and within one decade there are none to read off.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend()
-    figure.tight_layout()
     figure.savefig(png, dpi=120)
     pyplot.close(figure)
     return True

@@ -1,24 +1,25 @@
-"""Bottleneck adapters as a tuner of peft: a small perceptron with a skip connection behind a layer.
+"""Bottleneck adapters as a tuner of peft: a small perceptron beside a layer, behind it, or around a whole block.
 
-    A(h) = h + U φ(D h + b1) + b2,   D: (m, d), U: (d, m), h: (..., d) what the layer returned
+Placement says what the adapter reads and where its change is added; `perceptrons.py` and its kin say what it computes.
 
-D is drawn from a normal distribution cut off at two deviations, U and the biases are 0, so A starts as the identity.
-The tensors are float32 for the optimizer and are cast to the type of h: h itself is never copied to float32.
+    behind   h + s change(h),  h = W x + b: behind a linear layer, as a rule the one that ends a sublayer
+    beside   h + s change(x),  x: what the first layer of the feed-forward part reads, h: what its last one returns
+    around   y + s change(y),  y: the residual stream where a block ends; or where a block ends with a LayerNorm of the
+             sum z of both: LN(z + s change(LN(z))), Pfeiffer et al. 2020
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn import functional
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from peftctl.tuners._kinds import KINDS
 from peftctl.tuners._layer_tuner import LayerTuner
 
 TYPE = "PEFTCTL_BOTTLENECK"
@@ -32,15 +33,29 @@ class BottleneckConfig(PeftConfig):
     Args:
         bottleneck: m.
         activation: φ, by its name in transformers.
-        init_std: Standard deviation of D before it is cut off.
-        target_modules: Linear layers that an adapter follows, as in every tuner of peft.
+        init_std: Standard deviation of D before it is cut off; None draws it as a new linear layer.
+        up_std: The same of U; 0 lets it start at zero.
+        placement: Where adapters stand.
+        scaling: s.
+        kind: What an adapter computes, a key of `_kinds.KINDS`.
+        options: Settings of that kind.
+        reads: Target -> the layer whose input its adapter reads, for `beside`.
+        width: d, where it can't be read off a target: for blocks.
+        target_modules: What adapters follow: linear layers, or for `around` blocks or LayerNorms.
         exclude_modules: Exceptions from it.
         modules_to_save: Modules that train whole beside the adapters.
     """
 
     bottleneck: int = 64
     activation: str = "gelu"
-    init_std: float = 1e-3
+    init_std: float | None = 1e-3
+    up_std: float | None = 0.0
+    placement: Literal["behind", "beside", "around"] = "behind"
+    scaling: float = 1.0
+    kind: str = "plain"
+    options: dict[str, Any] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    width: int | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = field(default=None)
@@ -53,45 +68,42 @@ class BottleneckConfig(PeftConfig):
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A linear layer of d outputs with an adapter behind it."""
 
-    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    adapter_layer_names = ("bottleneck_adapter",)
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.bottleneck_down = nn.ModuleDict()
-        self.bottleneck_up = nn.ModuleDict()
-        self.activations: dict[str, nn.Module] = {}
+        self.bottleneck_adapter = nn.ModuleDict()
+        self.scalings: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter in its initial state."""
-        width = _width(self.get_base_layer())
-        down, up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
-        nn.init.trunc_normal_(down.weight, std=config.init_std, a=-2 * config.init_std, b=2 * config.init_std)
-        for zero in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(zero)
-        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
-        self.activations[adapter_name] = ACT2FN[config.activation]
+        width = config.width or _width(self.get_base_layer())
+        self.bottleneck_adapter[adapter_name] = KINDS[config.kind](width, config)  # type: ignore[call-arg]
+        self.scalings[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def change(self, adapter_name: str, h: torch.Tensor) -> torch.Tensor:
-        """Return U φ(D h + b1) + b2 for h of shape (..., d), in the type of h."""
-        down: Any = self.bottleneck_down[adapter_name]
-        up: Any = self.bottleneck_up[adapter_name]
-        low = functional.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype))
-        return functional.linear(self.activations[adapter_name](low), up.weight.to(h.dtype), up.bias.to(h.dtype))
+    def changed(self, h: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Return h, (..., d), plus the changes of the active adapters, one after the other.
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return A(W x + b) for x of shape (..., d_in), one active adapter after the other."""
-        h = self.base_layer(x, *args, **kwargs)
+        Args:
+            h: What they are added to.
+            x: What they read, (..., d); None for h itself, as those before have left it.
+        """
         if self.disable_adapters:
             return h
         for name in self.active_adapters:
-            if name in self.bottleneck_down:
-                h = h + self.change(name, h)
+            if name in self.bottleneck_adapter:
+                change, s = self.bottleneck_adapter[name](h if x is None else x), self.scalings[name]
+                h = h + (change if s == 1 else s * change)
         return h
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return h + s change(h), h = W x + b, for x of shape (..., d_in)."""
+        return self.changed(self.base_layer(x, *args, **kwargs))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: there is no matrix that computes the same.
@@ -105,15 +117,73 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return "bottleneck." + super().__repr__()
 
 
+class BesideLayer(BottleneckLayer):
+    """The last linear layer of a feed-forward part, with an adapter beside the whole part."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.read: torch.Tensor | None = None
+
+    def remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Before the first layer of the part: keep what it reads."""
+        self.read = args[0]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return h + s change(x'), with x' of (..., d) what the first layer of the part has read."""
+        read, self.read = self.read, None
+        return self.changed(self.base_layer(x, *args, **kwargs), read)
+
+
+class AroundLayer(BottleneckLayer):
+    """A block, or the last sublayer of one, that returns the residual stream; or the LayerNorm that ends a block."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the block: models ask their blocks for attributes, such as the kind of their attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return y + s change(y), (..., d), or LN(x + s change(LN(x)))."""
+        base = self.base_layer
+        result = base(x, *args, **kwargs)
+        if isinstance(base, nn.LayerNorm):
+            return base(self.changed(x, result))
+        if isinstance(result, tuple):
+            return self.changed(result[0]), *result[1:]
+        return self.changed(result)
+
+
 class BottleneckModel(LayerTuner):
     """Puts a `BottleneckLayer` around every target."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
+    placements: dict[str, type[BottleneckLayer]] = {  # noqa: RUF012
+        "behind": BottleneckLayer,
+        "beside": BesideLayer,
+        "around": AroundLayer,
+    }
+
+    def around(self, target: nn.Module, config: Any, key: str) -> Any:
+        """Return the layer around a target, without an adapter; one beside its part hears what that reads."""
+        layer = self.placements[config.placement](target)
+        if isinstance(layer, BesideLayer):
+            self.model.get_submodule(config.reads[key]).register_forward_pre_hook(layer.remember)
+        return layer
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return a key as it is saved: an adapter is a module, so its name stands in the middle."""
+        key = key.replace(f".bottleneck_adapter.{adapter_name}.", ".bottleneck_adapter.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)  # type: ignore[no-any-return]
 
 
 def _width(layer: nn.Module) -> int:
-    """Return d, the outputs of a linear layer, also of a quantised one."""
+    """Return d, the outputs of a linear layer, also of a quantised one, or the width of a LayerNorm."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[0]
     width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
     assert isinstance(width, int)
     return width

@@ -106,6 +106,15 @@ CASES = [pair for pair in CLAIMED if pair not in REFUSED]
 TRAINING = [(name, key) for name, key in CASES if "trains" not in CARDS[name].gates_off]
 
 
+def _kind(case: tuple[str, str]) -> tuple[str, str]:
+    task = MODELS[case[1]].task
+    return case[0], "classifier" if task in CLASSIFICATION else task
+
+
+AGAIN = list({_kind(case): case for case in reversed(TRAINING)}.values())[::-1]
+"""Of each method one decoder, one encoder-decoder and one classifier: for checks that train a case once more."""
+
+
 def head_of(model: str) -> Head | None:
     """Return what the head of a tiny model is made for; None for a language model."""
     return Head(LABELS, tiny.tiny_tokenizer().pad_token_id) if MODELS[model].task in CLASSIFICATION else None

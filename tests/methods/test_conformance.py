@@ -27,7 +27,7 @@ from peftctl.recipe.schema import QuantizationSection
 from peftctl.recipe.write import dump_recipe
 from tests.methods import conformance
 from tests.methods.conformance import EARLY, HALF, PROBE, Bench, same
-from tests.methods.conformance_models import CARDS, CASES, LABELS, MODELS, REFUSED, TRAINING, head_of
+from tests.methods.conformance_models import AGAIN, CARDS, CASES, LABELS, MODELS, REFUSED, TRAINING, head_of
 
 RELOAD = Path(__file__).with_name("reload.py")
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_the_loss_falls_on_one_batch(case):
     assert sum(losses[-3:]) / 3 < 0.995 * losses[0]
 
 
-@on(TRAINING)
+@on(AGAIN)
 def test_stopped_and_resumed_equals_straight(case):
     assert "resume" in case.card.supports
     method = case.method()
@@ -161,13 +161,13 @@ def test_stopped_and_resumed_equals_straight(case):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@on(TRAINING)
+@on(AGAIN)
 def test_two_batches_of_two_equal_one_of_four(case):
     recipe = case.recipe_with("train", batch_size=2, gradient_accumulation=2)
     compare(case, case.continued("accumulated", recipe))
 
 
-@on(TRAINING)
+@on(AGAIN)
 def test_recomputed_activations_change_no_gradient_or_are_refused(case):
     recipe = case.recipe_with("train", gradient_checkpointing=True)
     if "gradient_checkpointing" not in case.card.supports:
@@ -334,12 +334,12 @@ def two_steps(case, base, name, **section):
     assert conformance.probe_logits(model.eval(), PROBE).isfinite().all()
 
 
-@on(TRAINING)
+@on(AGAIN)
 def test_on_a_bfloat16_base_all_is_finite(case):
     two_steps(case, case.base("bfloat16"), "bfloat16", dtype="bfloat16")
 
 
-@on(TRAINING)
+@on(AGAIN)
 def test_on_an_nf4_base_it_trains_or_is_refused(case):
     recipe = case.recipe_with("quantization", bits=4)
     if "4bit" not in case.card.supports:

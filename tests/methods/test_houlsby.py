@@ -40,7 +40,7 @@ def layers(model):
 def randomise(model, seed=0, std=0.3):
     generator = torch.Generator().manual_seed(seed)
     for layer in layers(model).values():
-        for p in (*layer.bottleneck_down.parameters(), *layer.bottleneck_up.parameters()):
+        for p in layer.bottleneck_adapter.parameters():
             p.data = (std * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
 
 
@@ -59,7 +59,7 @@ def test_layer_is_the_papers_equation_in_float64(activation):
     randomise(model)
     layer = layers(model)["model.decoder.layers.1.fc2"]
     w, b = layer.base_layer.weight, layer.base_layer.bias
-    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    down, up = layer.bottleneck_adapter["default"].down, layer.bottleneck_adapter["default"].up
     phi = {
         "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / 2**0.5)),
         "relu": lambda v: v * (v > 0),
@@ -84,7 +84,9 @@ def test_its_change_has_a_jacobian_of_rank_m():
     model = applied(method(bottleneck=3), tiny_llama().double()).double()
     randomise(model)
     layer = layers(model)["model.layers.0.mlp.down_proj"]
-    jacobian = torch.autograd.functional.jacobian(lambda h: layer.change("default", h), torch.randn(32).double())
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h: layer.bottleneck_adapter["default"](h), torch.randn(32).double()
+    )
     singular = torch.linalg.svdvals(jacobian)
     assert singular[2] > 1e-6 and singular[3] < 1e-12
 
@@ -100,16 +102,16 @@ def test_starts_as_the_base_exactly(base):
 def test_a_start_as_in_the_authors_code_is_near_the_base():
     model = applied(method(), tiny_llama())
     for layer in layers(model).values():
-        torch.nn.init.trunc_normal_(layer.bottleneck_up["default"].weight, std=1e-3, a=-2e-3, b=2e-3)
+        torch.nn.init.trunc_normal_(layer.bottleneck_adapter["default"].up.weight, std=1e-3, a=-2e-3, b=2e-3)
     assert 0 < (logits(model) - logits(tiny_llama())).abs().max() < 1e-2
 
 
 def test_the_down_projection_is_drawn_as_the_section_says():
     model = applied(method(bottleneck=200, init_std=0.02), tiny_llama())
-    drawn = torch.cat([layer.bottleneck_down["default"].weight.flatten() for layer in layers(model).values()])
+    drawn = torch.cat([layer.bottleneck_adapter["default"].down.weight.flatten() for layer in layers(model).values()])
     assert drawn.abs().max() <= 0.04
     assert drawn.std().item() == pytest.approx(0.02 * 0.8796, rel=0.02)  # of a normal cut off at two deviations
-    assert not any(layer.bottleneck_down["default"].bias.any() for layer in layers(model).values())
+    assert not any(layer.bottleneck_adapter["default"].down.bias.any() for layer in layers(model).values())
 
 
 # -- where adapters stand, and what trains --------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def test_an_unknown_structure_is_an_error_that_says_what_to_name(architecture):
 def test_named_targets_take_adapters_instead():
     model = applied(method(target_modules=["fc1"]), tiny_opt())
     assert set(layers(model)) == {f"model.decoder.layers.{i}.fc1" for i in range(2)}
-    assert layers(model)["model.decoder.layers.0.fc1"].bottleneck_up["default"].out_features == 64
+    assert layers(model)["model.decoder.layers.0.fc1"].bottleneck_adapter["default"].up.out_features == 64
 
 
 def test_an_embedding_is_refused():
@@ -190,7 +192,7 @@ def test_count_on_smollm2_is_the_papers_formula_and_its_norms_come_on_top():
 def test_only_adapters_and_norms_train():
     model = applied(method(), tiny_llama())
     names = {n.split("base_model.model.")[1] for n, p in model.named_parameters() if p.requires_grad}
-    parts = [f"bottleneck_{part}.default.{kind}" for part in ("down", "up") for kind in ("weight", "bias")]
+    parts = [f"bottleneck_adapter.default.{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")]
     ends = [f"model.layers.{i}.{end}" for i in range(4) for end in ("self_attn.o_proj", "mlp.down_proj")]
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(4) for n in ("input", "post_attention")] + ["model.norm"]
     adapters = {f"{end}.{part}" for end in ends for part in parts}
@@ -303,7 +305,7 @@ def test_in_another_process_one_import_makes_plain_peft_load_it(tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["peft_type"], config["bottleneck"], config["activation"]) == ("PEFTCTL_BOTTLENECK", 5, "gelu")
     keys = {key.removeprefix("base_model.model.") for key in load_file(adapter / "adapter_model.safetensors")}
-    assert "model.layers.0.mlp.down_proj.bottleneck_up.weight" in keys and "model.norm.weight" in keys
+    assert "model.layers.0.mlp.down_proj.bottleneck_adapter.up.weight" in keys and "model.norm.weight" in keys
     assert len(keys) == 8 * 4 + 9
     arguments = [str(base), str(adapter), str(tmp_path / "logits.pt")]
     done = subprocess.run([sys.executable, "-c", PLAIN, *arguments], capture_output=True, text=True)
