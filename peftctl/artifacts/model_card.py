@@ -22,18 +22,22 @@ if TYPE_CHECKING:
     from peftctl.artifacts.manifest import ArtifactInfo
 
 
-def render_card(exported: Any, info: ArtifactInfo) -> str:
+def render_card(exported: Any, info: ArtifactInfo, manifest: Mapping[str, Any]) -> str:
     """Return the model card of a run's result.
 
     Args:
         exported: What was saved: a PeftModel, a PreTrainedModel, or None for a tokenizer with its template.
         info: What there is to say.
+        manifest: The content of its peftctl.json.
     """
     recipe, card = info.recipe, info.card
     whole = isinstance(exported, PreTrainedModel)
     base = public_name(recipe.model.name_or_path)
     rows = {"method": f"{card.title} ({card.paper})", "trains": card.trains, "base model": f"`{base}`"}
     rows |= {**merged_before(recipe.model.name_or_path), "base weights (fingerprint)": f"`{info.base_fingerprint}`"}
+    if own := manifest.get("own_task"):
+        others = [f"`{name}/`" for name in manifest["tasks"] if name != own["name"]]
+        rows["task"] = own["name"] + (f"; others: {', '.join(others)}" if others else "")
     rows |= {name.replace("_", " "): figure(value) for name, value in info.facts.items() if is_known(value)}
     use = shown_use("DIRECTORY", recipe.model.task)
     return "\n".join(

@@ -75,7 +75,7 @@ def _save_tasks(exported: Any, tokenizer: Any, folder: Path, manifest: dict[str,
 def _save_rest(exported: Any, tokenizer: Any, folder: Path, manifest: dict[str, Any], info: ArtifactInfo) -> None:
     tokenizer.save_pretrained(folder)
     manifests.write(folder, manifest)
-    (folder / "README.md").write_text(render_card(exported, info), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(exported, info, manifest), encoding="utf-8")
 
 
 def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> None:

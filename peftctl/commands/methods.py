@@ -28,7 +28,7 @@ def describe(name: str) -> dict[str, Any]:
     method = registry.get(name)
     card = method.card
     keys = {
-        key: {"default": field.default, "description": field.description}
+        key: {"default": field.get_default(call_default_factory=True), "description": field.description}
         for key, field in method.Config.model_fields.items()
         if key != "name"
     }

@@ -170,9 +170,9 @@ def test_a_type_that_is_not_stock_says_import_peftctl_first(finished, tmp_path):
     recipe = make_recipe("smollm2-135m", tmp_path)
     model = random_lora(tiny_llama(), target_modules=["q_proj"])
     info = make_info(recipe, tiny_llama(), train_loss=float("nan"))
-    assert "import peftctl" not in render_card(model, info)
+    assert "import peftctl" not in render_card(model, info, {})
     model.peft_config["default"].peft_type = "PEFTCTL_ROUTED"
-    card = render_card(model, info)
+    card = render_card(model, info, {})
     assert "import peftctl.tuners  # first" in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert "nan" not in card

@@ -105,7 +105,7 @@ def test_methods_and_one_method(capsys):
     code, out, _ = run(capsys, "methods", "--json")
     assert code == 0 and {"lora", "full", "last_layers", "hard_prompt"} <= {card["name"] for card in json.loads(out)}
     code, out, _ = run(capsys, "methods", "lora")
-    assert code == 0 and "2106.09685" in out and "target_modules" in out
+    assert code == 0 and "2106.09685" in out and "target_modules" in out and "Undefined" not in out
     assert "did you mean 'lora'?" in run(capsys, "methods", "lorra")[2]
 
 

@@ -474,6 +474,8 @@ def test_one_run_trains_two_tasks_and_load_gives_each(run):
     assert manifest["tasks"] == ["one", "two"] and manifest["own_task"] == {"name": "one", "source": 0}
     inner = json.loads((run.artefact / "two" / "peftctl.json").read_text())
     assert inner["tasks"] == [] and inner["own_task"] == {"name": "two", "source": 1}
+    assert "| task | one; others: `two/` |" in (run.artefact / "README.md").read_text()
+    assert "| task | two |" in (run.artefact / "two" / "README.md").read_text()
 
 
 def test_held_out_rows_without_a_source_are_measured_with_the_first_task(run):
