@@ -15,6 +15,7 @@ from peftctl.models.aliases import ALIASES, is_fetched
 from peftctl.models.load import meta_model
 from peftctl.models.shapes import find
 from tests import tiny
+from tests.methods import earlier
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +55,14 @@ def first_rows(path, folder):
             some.write_text("".join(Path(file).read_text(encoding="utf-8").splitlines(keepends=True)[:count]), "utf-8")
             overrides.append(f"data.{key}={some}")
     return overrides
+
+
+def earlier_runs(path, folder):
+    """Return overrides to tiny runs in the place of those that a recipe builds on."""
+    recipe = peftctl.load_recipe(path)
+    make = earlier.RUNS.get(recipe.method.name)
+    keys = make(folder, recipe.method, recipe.model.task, tiny.tiny_llama) if make else {}
+    return [f"method.{key}={json.dumps(value)}" for key, value in keys.items()]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +117,9 @@ def test_it_writes_into_a_run_directory_of_its_own(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=by_stem)
-def test_it_passes_check_and_plans_offline(path, tiny_demo_models):
+def test_it_passes_check_and_plans_offline(path, tiny_demo_models, tmp_path):
     overrides = ["model.dtype=float32", *(["data.max_length=512"] if path in EXAMPLES else [])]
+    overrides += earlier_runs(path, tmp_path)
     report = check(peftctl.load_recipe(path, overrides), device="cuda", memory="4TB")
     assert report.fits and report.plan.total >= report.plan.weights > 0
     assert (report.trainable > 0) == (path.stem != "hard_prompt")
@@ -126,7 +136,7 @@ def test_it_trains_a_few_steps_on_a_tiny_model(path, tiny_folders, tmp_path):
     encoder = peftctl.load_recipe(path).model.name_or_path == "minilm-l6"
     folder = tiny_folders(shape.config["model_type"] if shape else "bert" if encoder else "llama")
     overrides = [f"model.name_or_path={folder}", f"train.output_dir={tmp_path / 'run'}", "eval.metrics=[loss]"]
-    overrides += first_rows(path, tmp_path)
+    overrides += first_rows(path, tmp_path) + earlier_runs(path, tmp_path / "earlier")
     if shape:
         overrides += [*SMALL, "backend.name=single", "backend.config=null"]
     elif path.stem != "hard_prompt":

@@ -39,7 +39,8 @@ def load(
     """Load an artefact of any kind, in eval mode.
 
     Args:
-        target: See `locate`; several adapters of one base, as a list, come on one model, see `several.load_several`.
+        target: See `locate`; several adapters of one base, as a list, come on one model, see `several.load_several`,
+            and of prompts `several.load_prompts`.
         task: Which task of an artefact with several, by its name or its number; left out, the default one.
         dtype: Of the weights; left out, what an adapter was trained on, and what a model is stored in.
         device: Where to put it; left out, the CPU.
@@ -52,9 +53,12 @@ def load(
         ArtifactError: Files are damaged, or the base is not the one that the adapter was trained on.
     """
     if not isinstance(target, str | Path):
-        from peftctl.artifacts.several import load_several
+        from peftctl.artifacts.several import are_prompts, load_prompts, load_several
 
-        several = load_several(target, task=task, dtype=dtype, device=device)
+        if task is None and are_prompts(target):
+            several = load_prompts(target, dtype=dtype, device=device)
+        else:
+            several = load_several(target, task=task, dtype=dtype, device=device)
         return several.model, several.tokenizer
     artefact = fetched(locate(target))
     if task is not None:

@@ -18,7 +18,7 @@ __all__ = ["RunDir", "staged"]
 
 # All that a run writes, and so all that --fresh removes; the recipe goes last, because it makes the directory a run.
 OWN_NAMES = (
-    "adapter", "model", "base", "checkpoints", "tensorboard", "wandb",
+    "adapter", "model", "parts", "base", "checkpoints", "tensorboard", "wandb",
     "environment.json", "metrics.jsonl", "summary.json", "eval.json", "loss.png", "recipe.yaml",
 )  # fmt: skip
 _LOCK = ".lock"
@@ -41,6 +41,7 @@ class RunDir:
         self.eval = self.path / "eval.json"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.parts = self.path / "parts"
         self.base = self.path / "base"
         self.checkpoints = self.path / "checkpoints"
 

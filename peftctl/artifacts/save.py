@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from peftctl.artifacts import manifest as manifests
@@ -57,6 +60,21 @@ def save_artifact(
             manifest = manifests.of_task(manifest, tasks.default, alone=False)
         _save_rest(exported, tokenizer, folder, manifest, info)
     return target
+
+
+def save_parts(parts: Mapping[str, Mapping[str, torch.Tensor]], run: RunDir) -> None:
+    """Write what `Method.parts` returned into parts/ of the run; nothing where there is none.
+
+    Raises:
+        RunError: The disk is full.
+    """
+    if not parts:
+        return
+    with staged(run.parts) as folder:
+        folder.mkdir()
+        for name, tensors in parts.items():
+            whole = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+            save_file(whole, folder / f"{name}.safetensors")
 
 
 def _save_tasks(exported: Any, tokenizer: Any, folder: Path, manifest: dict[str, Any], info: ArtifactInfo) -> None:

@@ -1,4 +1,7 @@
-"""Several adapters on one base: switched in place, or row by row in one batch (`adapter_names`)."""
+"""Several adapters on one base: switched in place, or row by row in one batch (`adapter_names`).
+
+Plain prompts share a model too, row by row by their numbers (`task_ids`): Lester et al. 2021, section 2.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from peftctl.artifacts.belonging import peft_settings
 from peftctl.artifacts.checks import ADAPTER_WEIGHTS, read_keys
 from peftctl.artifacts.load import attach, load_base, tokenizer_of
 from peftctl.artifacts.locate import Artefact, fetched, locate
-from peftctl.errors import UsageError, did_you_mean
+from peftctl.errors import ArtifactError, UsageError, did_you_mean
 from peftctl.models.fingerprint import weights_fingerprint
+from peftctl.tuners.prompts import mixed_prompts
 
 BASE = "base"
 """What turns every adapter off, in `activate`; so no adapter is called that."""
@@ -83,6 +88,60 @@ def load_several(
     model.set_adapter(next(iter(artefacts)), inference_mode=True)
     _guard_rows(model)
     return Several(model, artefacts, tokenizers)
+
+
+def are_prompts(targets: Sequence[str | Path]) -> bool:
+    """Whether these are several prompts, as prompt tuning and P-tuning leave them, and nothing else."""
+    found = [fetched(locate(target)) for target in targets]
+    return bool(found) and all(
+        artefact.is_adapter and artefact.has_weights and peft_settings(artefact).peft_type == "PROMPT_TUNING"
+        for artefact in found
+    )
+
+
+def load_prompts(
+    targets: Sequence[str | Path], *, dtype: str | None = None, device: str | torch.device | None = None
+) -> Several:
+    """Load a base once, with the prompts of several runs: different tasks then share a batch.
+
+    `task_ids`, (batch,), in forward and generate say which prompt each row reads: its number in `targets`, from 0.
+    Rows without one read the last. In generate, rows of a batch must be of one length: peft counts the positions of a
+    decoder from the prompt on, also through the padding behind it.
+
+    Args:
+        targets: Runs, adapter directories or hub ids; of a run with several tasks, the directories of its tasks.
+        dtype: Of the base's weights; left out, what the first prompt was trained on.
+        device: Where to put it; left out, the CPU.
+
+    Raises:
+        UsageError: They can't share a model: another base, task, vocabulary, or length of the prompt.
+        ArtifactError: Files are damaged, or the base is another.
+    """
+    found = [fetched(locate(target)) for target in targets]
+    prompts = [_prompt(artefact) for artefact in found]
+    for artefact, prompt in zip(found[1:], prompts[1:], strict=True):
+        _refuse_unlike(found[0], "PROMPT_TUNING", artefact, "PROMPT_TUNING")
+        if prompt.shape != prompts[0].shape:
+            raise UsageError(
+                f"{artefact.target}: is a prompt of {len(prompt)} vectors, {found[0].target} has {len(prompts[0])}; "
+                "only prompts of one length can share a batch"
+            )
+    artefacts = {str(i): artefact for i, artefact in enumerate(found)}
+    tokenizers = {name: tokenizer_of(artefact) for name, artefact in artefacts.items()}
+    _refuse_other_tokens(artefacts, tokenizers)
+    base = load_base(found[0], dtype=dtype, device=device)
+    _refuse_other_weights(found, base)
+    return Several(mixed_prompts(base, peft_settings(found[0]), torch.stack(prompts)), artefacts, tokenizers)
+
+
+def _prompt(artefact: Artefact) -> torch.Tensor:
+    """Return the vectors of a prompt, (n, d); of an encoder-decoder those that its encoder reads."""
+    file = Path(str(artefact.folder)) / ADAPTER_WEIGHTS
+    read_keys(file)  # names what is damaged
+    tensors = load_file(file)
+    if "prompt_embeddings" not in tensors:
+        raise ArtifactError(f"{file}: holds no prompt_embeddings; train the prompt again")
+    return tensors["prompt_embeddings"][: peft_settings(artefact).num_virtual_tokens].float()
 
 
 def activate(model: Any, name: str) -> None:

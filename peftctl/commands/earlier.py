@@ -1,4 +1,4 @@
-"""What a recipe takes from earlier runs: `model.adapters`, merged into its base, and `method.init_from`."""
+"""What a recipe takes from earlier runs: merged adapters, where training starts, what a method builds on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peftctl.artifacts.locate import Artefact
 from peftctl.artifacts.start import KEY as INIT_FROM
 from peftctl.artifacts.start import refuse_other_shape, start_of
 from peftctl.errors import UsageError
+from peftctl.methods.base import Method
 from peftctl.models.load import load_tokenizer
 from peftctl.recipe.schema import Recipe
 
@@ -59,6 +60,20 @@ def refuse_unfit_start(recipe: Recipe, model: Any) -> None:
     refuse_other_shape(start, recipe, model)
     earlier = [adapter_digest(artefact) for artefact in earlier_adapters(recipe)]
     refuse_other_base(start, recipe.model, earlier, INIT_FROM)
+
+
+def refuse_unfit_inputs(recipe: Recipe, method: Method) -> None:
+    """Raise where a run that the method builds on is not finished, or is of another base or task.
+
+    Raises:
+        UsageError: What differs.
+    """
+    earlier = [adapter_digest(artefact) for artefact in earlier_adapters(recipe)]
+    for key, targets in method.inputs().items():
+        for target in targets:
+            artefact = finished_adapter(target, key)
+            _refuse_place_and_task(artefact, recipe, key)
+            refuse_other_base(artefact, recipe.model, earlier, key)
 
 
 def base_tokenizer(recipe: Recipe, *, allow_stand_in: bool = False) -> Any:

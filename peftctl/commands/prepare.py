@@ -9,7 +9,7 @@ from typing import Any
 
 from peftctl.backends import processes
 from peftctl.backends.device import current_device, fast_dtype
-from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_start
+from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_inputs, refuse_unfit_start
 from peftctl.data.classes import with_labels
 from peftctl.data.collate import Collator
 from peftctl.data.dataset import Examples, encode_all, fingerprint, load_examples, overlap
@@ -91,6 +91,7 @@ def prepare(
     )
     refuse_unproven(recipe, sharing)
     earlier_adapters(recipe)
+    refuse_unfit_inputs(recipe, method)
     examples = None
     if recipe.model.task in CLASSIFICATION:  # the head has as many rows as the data have labels
         examples = load_examples(recipe.data, recipe.train.seed)

@@ -117,11 +117,12 @@ class _Run:
             spare_memory()
         base = self._base()
         start = start_of(self.recipe)
-        before = self._before(base) if start is None else None
+        on_base = start is None and self.method.base_reads_rows
+        before = self._before(base) if on_base else None
         devices.reset_peak_memory()
         model = self._attach(base, start if checkpoint is None else None)
         del base
-        if start is not None:  # of the adapter that training starts from
+        if not on_base:  # of the adapter that training starts from, or of the method's own tokens
             before = self._before(model)
             devices.reset_peak_memory()
         if checkpoint is None and self.trainable:
@@ -238,6 +239,7 @@ class _Run:
         gates_off = self.method.card.gates_off
         if "moved" not in gates_off:
             checks.check_moved(model, initial)
+        save.save_parts(self.method.parts(model), self.run)
         exported = self.method.export(model)
         references = self._references(model if exported is None else exported)
         info = ArtifactInfo(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
@@ -29,7 +30,16 @@ from peftctl.recipe.schema import DataSection, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CODE = ("conversations.py", "turns.py", "rendering.py", "encode.py", "pairs.py", "classes.py", "cache.py")
+_CODE = (
+    "conversations.py",
+    "turns.py",
+    "rendering.py",
+    "encode.py",
+    "pairs.py",
+    "classes.py",
+    "choices.py",
+    "cache.py",
+)
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _FLAGS = ("truncated", "paired", "prompt_cut", "classes")
 
@@ -65,23 +75,29 @@ def load_rows(file: Path, examples: Sequence[Example]) -> list[list[EncodedRow]]
         return None
     groups: list[list[EncodedRow]] = [[] for _ in examples]
     ids, labels = _cut(tensors["ids"], tensors["length"]), _cut(tensors["labels"], tensors["label_length"])
-    facts = (tensors[name].tolist() for name in ("source", "reason", *_FLAGS))
-    for row_ids, row_labels, source, reason, *flags in zip(ids, labels, *facts, strict=True):
-        state = dict(zip(_FLAGS, map(bool, flags), strict=True))
+    facts = (tensors[name].tolist() for name in ("source", "wrong", "reason", *_FLAGS))
+    for row_ids, row_labels, source, wrong, reason, *flags in zip(ids, labels, *facts, strict=True):
+        state: dict[str, Any] = dict(zip(_FLAGS, map(bool, flags), strict=True))
         row = EncodedRow(row_ids, row_labels, examples[source].where, dropped_reason=reasons[reason], **state)
+        if wrong:  # an answer to the prompt of the row before
+            right = groups[source].pop()
+            row = replace(right, wrong=(*right.wrong, row))
         groups[source].append(row)
     return groups
 
 
 def save_rows(file: Path, groups: Sequence[Sequence[EncodedRow]]) -> None:
     """Write the rows aside and rename; a cache that can't be written costs time in the next run and nothing else."""
-    sources = [i for i, group in enumerate(groups) for _ in group]
-    rows = [row for group in groups for row in group]
+    marked = [
+        (each, i, each is not row) for i, group in enumerate(groups) for row in group for each in (row, *row.wrong)
+    ]
+    rows = [row for row, _, _ in marked]
     reasons: list[str | None] = [None, *sorted({row.dropped_reason for row in rows if row.dropped_reason})]
     tensors = {
         "ids": _flat(row.input_ids for row in rows),
         "labels": _flat(row.labels for row in rows),
-        "source": np.array(sources, dtype=np.int64),
+        "source": np.array([source for _, source, _ in marked], dtype=np.int64),
+        "wrong": np.array([wrong for _, _, wrong in marked], dtype=np.int64),
         "length": np.array([len(row.input_ids) for row in rows], dtype=np.int64),
         "label_length": np.array([len(row.labels) for row in rows], dtype=np.int64),
         "reason": np.array([reasons.index(row.dropped_reason) for row in rows], dtype=np.int64),
@@ -117,7 +133,7 @@ def _content(example: Example) -> list[Any]:
     """Return what encoding reads of an example: all but its place."""
     messages = [[m.role, m.content, m.train, m.extra] for m in example.messages or []]
     texts = [example.prompt, example.completion, example.text]
-    return [messages, example.tools, *texts, example.label, example.tokens, example.tags]
+    return [messages, example.tools, *texts, example.label, example.tokens, example.tags, example.wrong_answers]
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

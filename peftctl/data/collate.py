@@ -22,7 +22,7 @@ class Collator:
     Args:
         tokenizer: Gives the padding token: its own, else EOS, else 0; padding is masked in any case.
         pad_to_multiple_of: Round the length of a batch up to a multiple of this many tokens.
-        fields: Fields that a method asks for besides (`Method.fields`): `task_ids`.
+        fields: Fields that a method asks for besides (`Method.fields`): `task_ids`, or `choices` for wrong answers.
     """
 
     def __init__(
@@ -41,8 +41,23 @@ class Collator:
 
         seq is the longest row, rounded up to the multiple. No rows (a process without a share of the last step) give
         a batch of one padding token without a label, so that every process still takes part in the step. Where they
-        are asked for, task_ids, (batch,), say which of `data.sources` a row came from, or -1.
+        are asked for, task_ids, (batch,), say which of `data.sources` a row came from, or -1; and choice_input_ids,
+        choice_attention_mask and choice_labels have the wrong answers of all rows, (answers, seq), as wide as the
+        batch, and choice_rows, (answers,), whose they are.
         """
+        wrong = [(other, i) for i, row in enumerate(rows) for other in row.wrong] if "choices" in self.fields else []
+        batch = self._batch([*rows, *(row for row, _ in wrong)])
+        if "choices" in self.fields:
+            count = max(len(rows), 1)
+            choices = {f"choice_{name}": tensor[count:] for name, tensor in batch.items()}
+            batch = {name: tensor[:count] for name, tensor in batch.items()} | choices
+            batch["choice_rows"] = torch.tensor([i for _, i in wrong], dtype=torch.int64)
+        if "task_ids" in self.fields:
+            sources = [-1 if row.source is None else row.source for row in rows]
+            batch["task_ids"] = torch.tensor(sources or [-1])
+        return batch
+
+    def _batch(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         input_ids = self._padded([row.input_ids for row in rows], self.pad_id)
         labels = self._padded([row.labels for row in rows], IGNORED)
         attention_mask = torch.zeros_like(input_ids)
@@ -50,11 +65,7 @@ class Collator:
             attention_mask[i, : len(row.input_ids)] = 1
         if not rows:
             attention_mask[0, 0] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if "task_ids" in self.fields:
-            sources = [-1 if row.source is None else row.source for row in rows]
-            batch["task_ids"] = torch.tensor(sources or [-1])
-        return batch
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def _padded(self, sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
         longest = max(map(len, sequences), default=1)

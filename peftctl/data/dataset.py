@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftctl.data.choices import encode_with_choices
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example, section_of, to_examples
 from peftctl.data.pairs import RowEncoder, encoder_of
@@ -172,7 +173,7 @@ def _encode_each(examples: Iterable[Example], encoder: RowEncoder) -> list[list[
     groups = []
     for example in examples:
         try:
-            groups.append(encoder.encode(example))
+            groups.append(encode_with_choices(encoder, example))
         except DataError as error:
             problems.extend(error.problems)
     problems.raise_if_any()
@@ -180,10 +181,11 @@ def _encode_each(examples: Iterable[Example], encoder: RowEncoder) -> list[list[
 
 
 def fingerprint(rows: Iterable[EncodedRow]) -> str:
-    """Return the sha256, in hex, of the tokens and labels of all rows in their order."""
+    """Return the sha256, in hex, of the tokens and labels of all rows in their order, wrong answers included."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_key(row))
+        for each in (row, *row.wrong):
+            digest.update(_key(each))
     return digest.hexdigest()
 
 

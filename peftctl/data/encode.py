@@ -42,6 +42,7 @@ class EncodedRow:
         prompt_cut: Whether `max_length` cut what the encoder reads.
         classes: Whether its labels are classes, not tokens.
         source: Which of `data.sources` it came from, counted from 0; None where there are none.
+        wrong: Rows with wrong answers in the place of the right one.
     """
 
     input_ids: list[int]
@@ -53,6 +54,7 @@ class EncodedRow:
     prompt_cut: bool = False
     classes: bool = False
     source: int | None = None
+    wrong: tuple[EncodedRow, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -18,8 +18,8 @@ __all__ = ["Example", "Message", "section_of", "to_examples"]
 _FIELDS = {
     "messages": ("messages", "tools", "role", "content", "train"),
     "sharegpt": ("conversations", "tools", "system", "from", "value", "train"),
-    "alpaca": ("instruction", "input", "output", "system"),
-    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system", "wrong_answers"),
+    "prompt_completion": ("prompt", "completion", "wrong_answers"),
     "text": ("text",),
     "labelled_text": ("text", "label"),
     "tokens_tags": ("tokens", "tags"),
@@ -41,6 +41,7 @@ class Example:
         tokens: Words.
         tags: Their tags, as many.
         source: Which entry of `data.sources` it comes from, from 0; None where there are none.
+        wrong_answers: Answers to the same prompt that are not right, for losses that compare them.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Example:
     tokens: list[str] | None = None
     tags: list[str | int] | None = None
     source: int | None = None
+    wrong_answers: tuple[str, ...] = ()
 
 
 def section_of(data: DataSection, source: int | None) -> DataSection:
@@ -129,6 +131,16 @@ class _Fields:
     def optional_text(self, name: str) -> str:
         return "" if self.optional(name) is None else self.text(name)
 
+    def wrong_answers(self, right: str) -> tuple[str, ...]:
+        """One text or a list of texts; none where the row has no such field."""
+        name, value = self.columns.get("wrong_answers", "wrong_answers"), self.optional("wrong_answers")
+        answers = [value] if isinstance(value, str) else value or []
+        if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise wrong(self.where, f"field '{name}': expected text or a list of texts, got {kind(value)}")
+        if right in answers:
+            raise wrong(self.where, f"field '{name}': has the right answer among the wrong ones", "take it out")
+        return tuple(answers)
+
     def named(self) -> dict[str, Any]:
         """All fields, those of `data.columns` under our names too."""
         renamed = {ours: self.row[theirs] for ours, theirs in self.columns.items() if theirs in self.row}
@@ -165,26 +177,31 @@ def _sharegpt(fields: _Fields, data: DataSection) -> Example:
 def _alpaca(fields: _Fields, data: DataSection) -> Example:
     instruction, context = fields.text("instruction"), fields.optional_text("input")
     output, system = fields.answer("output"), fields.optional_text("system")
+    others = fields.wrong_answers(output)
     if data.template == templates.CHAT:
         question = f"{instruction}\n\n{context}" if context else instruction
-        return Example(fields.where, messages=_one_turn(question, output, system))
+        return Example(fields.where, messages=_one_turn(question, output, system), wrong_answers=others)
     if data.template == templates.ALPACA:
         prompt = templates.alpaca_prompt(instruction, context)
     else:
         known = {"input": "", "system": "", **{name: v for name, v in fields.named().items() if v is not None}}
         prompt = templates.fill(data.template, known, fields.where)
-    return Example(fields.where, prompt=prompt, completion=output)
+    return Example(fields.where, prompt=prompt, completion=output, wrong_answers=others)
 
 
 def _prompt_completion(fields: _Fields, data: DataSection) -> Example:
     if templates.is_plain(data.template):
         completion = fields.answer("completion")
         prompt = templates.fill(data.template, fields.named(), fields.where)
-        return Example(fields.where, prompt=prompt, completion=completion)
+        return Example(
+            fields.where, prompt=prompt, completion=completion, wrong_answers=fields.wrong_answers(completion)
+        )
     question, completion = fields.text("prompt"), fields.answer("completion")
+    others = fields.wrong_answers(completion)
     if data.template == templates.CHAT:
-        return Example(fields.where, messages=_one_turn(question, completion))
-    return Example(fields.where, prompt=templates.alpaca_prompt(question), completion=completion)
+        return Example(fields.where, messages=_one_turn(question, completion), wrong_answers=others)
+    prompt = templates.alpaca_prompt(question)
+    return Example(fields.where, prompt=prompt, completion=completion, wrong_answers=others)
 
 
 def _one_turn(question: str, answer: str, system: str = "") -> list[Message]:

@@ -160,14 +160,16 @@ class Method:
         self.config = config
         self.new_token_ids: Sequence[int] = ()
         """Ids of `model.add_tokens`, known before `count` and `apply`; the model has rows for them by then."""
+        self.base_reads_rows = True
+        """False where rows hold tokens that only the method's model can read: it is measured before training, then."""
 
     def load_options(self) -> LoadOptions:
         """Return what the model must be loaded with."""
         return LoadOptions()
 
-    def inputs(self) -> Sequence[str]:
-        """Return other runs that this one builds on."""
-        return ()
+    def inputs(self) -> Mapping[str, Sequence[str]]:
+        """Return finished adapters of the same base that this run builds on, by the recipe key that names them."""
+        return {}
 
     def prepare_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: Recipe
@@ -246,6 +248,13 @@ class Method:
 
         Afterwards the model has the trainable tensors of that moment, by name and shape; their values are loaded next.
         """
+
+    def parts(self, model: Any) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Return what later runs can build on besides the artefact, as name -> tensors; asked before `export`.
+
+        The run keeps each as parts/NAME.safetensors.
+        """
+        return {}
 
     def export(self, model: Any) -> Any:
         """Return the artefact: a PeftModel (goes to adapter/) or a PreTrainedModel (goes to model/)."""

@@ -8,28 +8,44 @@ gate, so that scaling h is scaling its linear branch, as the paper does. All els
 
 Which layers these are is found by structure. peft's own table has q in place of k for Qwen, Gemma, OPT, BART and Phi,
 all of a fused qkv, and BERT's attention.output.dense besides. Weight decay pulls towards 0, which erases activations:
-the vectors never get any. T-Few's two further losses, over wrong answers and over lengths, are not here.
+the vectors never get any.
+
+T-Few, the paper's recipe around the vectors, adds two losses over wrong answers to the same prompt (`_choices.py`):
+
+    L = L_LM + unlikelihood L_UL + length_normalised L_LN
+
+Both weights are 1 in the paper and 0 in its code's defaults, as here. Rows bring their wrong answers in the field
+`wrong_answers`; they count in training only, and a batch holds them besides its rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftctl.errors import UsageError
-from peftctl.methods import _groups, _heads, _targets, base
+from peftctl.methods import _choices, _groups, _heads, _targets, base
 from peftctl.methods._lora import TASK_TYPES
+from peftctl.recipe.schema import Rate, Recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftctl.data.formats import Example
+    from peftctl.models.supervised import Supervised
     from peftctl.recipe.schema import TrainSection
 
 
 class Config(base.AdapterConfig):
-    """The `method:` section of (IA)^3: there is nothing to choose."""
+    """The `method:` section of (IA)^3."""
 
     name: Literal["ia3"] = "ia3"
+    unlikelihood: Rate = 0.0
+    """Weight of T-Few's loss on the tokens of wrong answers, for rows that have them; the paper has 1."""
+    length_normalised: Rate = 0.0
+    """Weight of T-Few's cross-entropy between answers by their mean log-probability a token; the paper has 1."""
 
 
 class Method(base.Method):
@@ -46,10 +62,38 @@ class Method(base.Method):
         count="L * (2kv + f), kv for each attention of a block",
         tasks=("causal_lm", "seq2seq_lm", "seq_cls", "token_cls"),
         mergeable=True,
-        needs="Projections of their own for k and v: an architecture that fuses them with q is refused. The losses "
-        "that T-Few adds are not here.",
+        needs="Projections of their own for k and v: an architecture that fuses them with q is refused. T-Few's "
+        "two losses need rows with wrong answers.",
         supports=frozenset({"gradient_checkpointing", "resume", "4bit", "8bit"}),
     )
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Weights of the losses over wrong answers, those that count."""
+        found = {"unlikelihood": self.config.unlikelihood, "length_normalised": self.config.length_normalised}
+        return {name: weight for name, weight in found.items() if weight}
+
+    def prepare_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: Recipe
+    ) -> None:
+        """Check that rows have what the losses need; the tokenizer stays as it is."""
+        _choices.refuse_without_choices(self._weights, examples)
+
+    def fields(self) -> Sequence[str]:
+        """Return the wrong answers, where a loss reads them."""
+        return ("choices",) if self._weights else ()
+
+    def loss(
+        self, model: Any, batch: Mapping[str, torch.Tensor], forward: Callable[..., Supervised]
+    ) -> dict[str, torch.Tensor]:
+        """Return the cross-entropy of right answers, and the weighted losses over wrong ones."""
+        if not self._weights:
+            return super().loss(model, batch, forward)
+        right, logits, labels = _choices.forward_with_choices(model, batch, forward)
+        parts = {"unlikelihood": _choices.unlikelihood, "length_normalised": _choices.length_normalised}
+        owners, rows = batch["choice_rows"], len(batch["labels"])
+        extra = {name: weight * parts[name](logits, labels, owners, rows) for name, weight in self._weights.items()}
+        return {"loss": right.cross_entropy(), **extra}
 
     def count(self, model: PreTrainedModel) -> int:
         """Return the sum of d_out over keys and values and of d_in over feed-forward ends, and a classifier's head."""

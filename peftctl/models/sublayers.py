@@ -78,3 +78,27 @@ def block_ends(model: nn.Module, names: Iterable[str]) -> list[str]:
     if kind in _STREAM_PARTS:
         return [f"{block}.layer.{len(model.get_submodule(block).layer) - 1}" for block in found]  # type: ignore[arg-type]
     return [f"{block}.{normed}" if normed else block for block in found]
+
+
+def depths(model: nn.Module, names: Iterable[str], targets: Iterable[str]) -> tuple[dict[str, int], int]:
+    """Return how many blocks are run before the one that a module belongs to; the decoder's follow the encoder's.
+
+    Args:
+        model: Any transformer.
+        names: Of its linear layers, in the model's order.
+        targets: Modules of blocks, or blocks.
+
+    Returns:
+        Target -> depth from 0, and how many blocks the model has.
+
+    Raises:
+        UsageError: A target is in no block.
+    """
+    blocks = list(dict.fromkeys(place.block for place in places(model, names) if place.attention is not None))
+    found = {}
+    for target in targets:
+        depth = next((i for i, block in enumerate(blocks) if (target + ".").startswith(block + ".")), None)
+        if depth is None:
+            raise UsageError(f"method.target_modules: {target} is outside of the blocks, which alone have a depth")
+        found[target] = depth
+    return found, len(blocks)

@@ -23,6 +23,8 @@ from peftctl.errors import UsageError
 from peftctl.models.classifier import classification_task
 
 IGNORED = -100
+_UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
+"""Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
 _CHUNK = 1024
 """Rows of logits that are widened to float32 at a time."""
 
@@ -60,7 +62,7 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: A
             lengthen the sequence are fine.
         batch: input_ids and attention_mask, (batch, seq), and labels, (batch, seq), padded on either side. Labels of
             an encoder-decoder have a length of their own and are padded on the right; those of `seq_cls` stand in the
-            first column. Further fields are passed on.
+            first column. Further fields are passed on, but for wrong answers.
         wrapper: What to call in place of the model: the engine around it that several processes train through.
 
     Returns:
@@ -71,7 +73,7 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: A
     # Found once and early: every look-up by a mask would make the host wait for the device.
     row, position = (predicted != IGNORED).nonzero(as_tuple=True)
     places = _Places(row, position, labels.shape[1])
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in _UNREAD}
     if classification_task(model):
         return _classified(model, wrapper or model, inputs, labels, places)
     if model.config.is_encoder_decoder:

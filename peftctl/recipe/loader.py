@@ -20,6 +20,9 @@ from peftctl.recipe.overrides import apply as apply_overrides
 from peftctl.recipe.schema import Recipe
 
 MAX_BYTES = 1 << 20
+RUNS = ("adapters", "prompts", "teachers")
+"""Keys of `method:` that name finished runs, one or several or a folder of them; RUN names exactly one."""
+RUN = ("decoder", "source_run")
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,10 @@ class _Draft:
             value = self.values.get(f"{section}.{key}")
             if value is not None:
                 resolved[section][key] = self._try((section, key), resolve, value, self.folder)
+        for key in RUNS + RUN:
+            if runs := self.values.get(f"method.{key}"):
+                found = paths.resolve_runs(runs, self.folder)
+                resolved["method"][key] = found[0] if key in RUN else found
         if adapters := self.values.get("model.adapters"):
             resolved["model"]["adapters"] = [
                 self._try(("model", "adapters", i), paths.resolve_adapter, value, self.folder)

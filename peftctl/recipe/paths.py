@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peftctl.errors import Problem, RecipeError, UsageError
@@ -18,6 +18,8 @@ _NOT_ROWS = {"dataset_info.json", "state.json", "dataset_dict.json"}
 _OTHER_FILES = {"tsv", "gz", "zip", "xz", "zst", "yaml", "yml", "md", "xml", "xlsx", "html", "pdf", "py", "pkl", "pt"}
 _HUB_PARTS = re.compile(r"[\w.%\[\]:-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
+_OF_A_RUN = ("recipe.yaml", "adapter_config.json", "peftctl.json")
+"""One of these lies in the folder of every run, and of every adapter."""
 _LOOKED_UP = "paths start at the working directory, the recipe's folder or the package's data"
 
 
@@ -146,6 +148,23 @@ def resolve_adapter(value: str, recipe_dir: Path) -> str:
         near = _near_sibling(text, bases) if text else ""
         raise Unresolved(f"no such run or adapter: '{value}'", near or "give a directory or a hub id like org/name")
     return text
+
+
+def resolve_runs(value: str | Sequence[str], recipe_dir: Path) -> list[str]:
+    """Resolve a key of `method:` that names finished runs: a folder of runs stands for all in it, by name.
+
+    What leads nowhere stays as it is: recipes may name runs that are yet to be trained; whoever reads one tells.
+    """
+    found: list[str] = []
+    for text in [value] if isinstance(value, str) else value:
+        places = [_join(base, os.path.expanduser(text.strip())) for base in _bases(recipe_dir)[:2]]
+        path = next((place for place in places if os.path.isdir(place)), text)
+        if path is text or any(os.path.exists(os.path.join(path, name)) for name in _OF_A_RUN):
+            found.append(path)
+        else:
+            inside = (os.path.join(path, name) for name in sorted(_names(path)) if not name.startswith("."))
+            found += [folder for folder in inside if os.path.isdir(folder)] or [path]
+    return found
 
 
 def resolve_config(value: str, recipe_dir: Path) -> str:

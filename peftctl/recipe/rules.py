@@ -15,8 +15,8 @@ from peftctl.recipe.overrides import RIVALS
 FORMAT_FIELDS = {
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system"),
-    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system", "wrong_answers"),
+    "prompt_completion": ("prompt", "completion", "wrong_answers"),
     "text": ("text",),
     "labelled_text": ("text", "label"),
     "tokens_tags": ("tokens", "tags"),

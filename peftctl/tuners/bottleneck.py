@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftctl.tuners._kinds import KINDS
 from peftctl.tuners._layer_tuner import LayerTuner
+from peftctl.tuners.fused_perceptrons import FrozenPerceptrons
 
 TYPE = "PEFTCTL_BOTTLENECK"
 """What adapter_config.json calls this tuner."""
@@ -68,7 +69,7 @@ class BottleneckConfig(PeftConfig):
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A linear layer of d outputs with an adapter behind it."""
 
-    adapter_layer_names = ("bottleneck_adapter",)
+    adapter_layer_names: tuple[str, ...] = ("bottleneck_adapter",)
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -86,6 +87,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """Keep finished adapters as they are; peft calls this wherever it has made an adapter trainable."""
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        for module in self.bottleneck_adapter.modules():
+            if isinstance(module, FrozenPerceptrons):
+                module.requires_grad_(False)
+
     def changed(self, h: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return h, (..., d), plus the changes of the active adapters, one after the other.
 
@@ -95,11 +103,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return h
-        for name in self.active_adapters:
-            if name in self.bottleneck_adapter:
-                change, s = self.bottleneck_adapter[name](h if x is None else x), self.scalings[name]
-                h = h + (change if s == 1 else s * change)
+        for name in self.running():
+            change, s = self.bottleneck_adapter[name](h if x is None else x), self.scalings[name]
+            h = h + (change if s == 1 else s * change)
         return h
+
+    def running(self) -> list[str]:
+        """Return the adapters that add their change: the active ones."""
+        return [name for name in self.active_adapters if name in self.bottleneck_adapter]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return h + s change(h), h = W x + b, for x of shape (..., d_in)."""
@@ -137,6 +148,13 @@ class BesideLayer(BottleneckLayer):
 class AroundLayer(BottleneckLayer):
     """A block, or the last sublayer of one, that returns the residual stream; or the LayerNorm that ends a block."""
 
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        if not isinstance(base_layer, nn.LayerNorm):
+            # On the block and before all other hooks: those that record hidden states must see what the next block
+            # does, and a block that computes its activations again takes the adapter's with them.
+            self.hook = base_layer.register_forward_hook(self.after, prepend=True)
+
     def __getattr__(self, name: str) -> Any:
         """Answer for the block: models ask their blocks for attributes, such as the kind of their attention."""
         try:
@@ -144,22 +162,39 @@ class AroundLayer(BottleneckLayer):
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return y + s change(y), (..., d), or LN(x + s change(LN(x)))."""
-        base = self.base_layer
-        result = base(x, *args, **kwargs)
-        if isinstance(base, nn.LayerNorm):
-            return base(self.changed(x, result))
+    def after(self, block: nn.Module, args: Any, result: Any) -> Any:
+        """Return y + s change(y) for what a block returns: y, (..., d), alone or first among other things."""
         if isinstance(result, tuple):
             return self.changed(result[0]), *result[1:]
         return self.changed(result)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block returns, changed; or LN(x + s change(LN(x))), (..., d)."""
+        base = self.base_layer
+        result = base(x, *args, **kwargs)
+        if isinstance(base, nn.LayerNorm):
+            changed = self.changed(x, result)
+            return result if changed is x else base(changed)
+        return result
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """Return the block as it was; peft calls this where it unloads.
+
+        Raises:
+            NotImplementedError: It is to be merged.
+        """
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        if not isinstance(self.base_layer, nn.LayerNorm):
+            self.hook.remove()
+        return self.get_base_layer()
 
 
 class BottleneckModel(LayerTuner):
     """Puts a `BottleneckLayer` around every target."""
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
+    tuner_layer_cls: type[BottleneckLayer] = BottleneckLayer
     placements: dict[str, type[BottleneckLayer]] = {  # noqa: RUF012
         "behind": BottleneckLayer,
         "beside": BesideLayer,
@@ -172,6 +207,13 @@ class BottleneckModel(LayerTuner):
         if isinstance(layer, BesideLayer):
             self.model.get_submodule(config.reads[key]).register_forward_pre_hook(layer.remember)
         return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer around a module, or a module back; peft would look for the weight of a block that comes back."""
+        if isinstance(child, AroundLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -45,6 +45,7 @@ from peftctl.training.stages import Workload, run_stages
 from peftctl.training.trainer import MethodTrainer
 from tests import tiny
 from tests.methods.conformance_models import CARDS, LABELS, MODELS, OVERRIDES, RENAMED, head_of
+from tests.methods.earlier import ONE_STAGE
 from tests.training.test_resume import StopAt
 
 HALF = 5
@@ -193,6 +194,9 @@ class Case:
         if isinstance(keys.get("target_modules"), list):
             names = RENAMED.get(self.model, {})
             keys["target_modules"] = [names.get(name, name) for name in keys["target_modules"]]
+        if self.name in ONE_STAGE:
+            tiny_model = MODELS[self.model]
+            keys |= ONE_STAGE[self.name](self.folder / "earlier", shipped.method, tiny_model.task, tiny_model.make)
         train = {
             "output_dir": str(self.folder), "max_steps": 2 * HALF, "batch_size": 4, "gradient_accumulation": 1,
             "scheduler": "constant", "warmup_ratio": None, "warmup_steps": None, "weight_decay": 0.1,

@@ -181,10 +181,10 @@ def test_recomputed_activations_change_no_gradient_or_are_refused(case):
 
 
 def count_forwards(model, runs):
-    """Count the forwards of every module without parts that lies in a block."""
+    """Count the forwards of every module without parts in a block, but for norms: some adapters call them again."""
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for leaf in {leaf for block in blocks for leaf in block.modules()}:
-        if not list(leaf.children()):
+        if not list(leaf.children()) and not isinstance(leaf, torch.nn.LayerNorm):
             leaf.register_forward_pre_hook(lambda module, _: runs.update([id(module)]))
 
 

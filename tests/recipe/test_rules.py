@@ -32,7 +32,7 @@ def with_data(*lines, more=""):
         (with_data("format: text").replace("org/tiny", "org/tiny\n  task: seq2seq_lm"), "x.yaml:10:3: data.format: text does not fit model.task seq2seq_lm; use messages or sharegpt or alpaca or prompt_completion, or change model.task"),
         (with_data("loss_on: all").replace("org/tiny", "org/tiny\n  task: seq2seq_lm"), "x.yaml:10:3: data.loss_on: all has no meaning for seq2seq_lm: it reads prompts and writes answers; remove it"),
         (with_data("columns: {mesages: turns}"), "x.yaml:9:13: data.columns.mesages: not a field of format messages; did you mean 'messages'?"),
-        (with_data("format: alpaca", "columns:", "  input: a", "  prompt: b"), "x.yaml:12:5: data.columns.prompt: not a field of format alpaca; known: input, instruction, output, system"),
+        (with_data("format: alpaca", "columns:", "  input: a", "  prompt: b"), "x.yaml:12:5: data.columns.prompt: not a field of format alpaca; known: input, instruction, output, system, wrong_answers"),
         (with_data("eval: []"), "x.yaml:9:9: data.eval: expected at least one file, got an empty list"),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ def test_sources_are_read_with_absolute_paths(here):
         (with_sources("{path: rows.jsonl}, {path: [held.jsonl, ./rows.jsonl]}", "eval_fraction: 0.1"), "x.yaml:8:53: data.sources[1].path: rows.jsonl is in an earlier source too; so data.eval_fraction would hold out rows that are trained on: name data.eval, or remove it"),
         (with_sources("{path: rows.jsonl, format: labelled_text}"), "x.yaml:8:32: data.sources[0].format: labelled_text does not fit model.task causal_lm; use messages or sharegpt or alpaca or prompt_completion or text, or change model.task"),
         (with_sources(TWO, "format: labelled_text"), "x.yaml:9:3: data.format: labelled_text does not fit model.task causal_lm; use messages or sharegpt or alpaca or prompt_completion or text, or change model.task"),
-        (with_sources("{path: rows.jsonl, format: alpaca, columns: {prompt: q}}"), "x.yaml:8:58: data.sources[0].columns.prompt: not a field of format alpaca; known: input, instruction, output, system"),
+        (with_sources("{path: rows.jsonl, format: alpaca, columns: {prompt: q}}"), "x.yaml:8:58: data.sources[0].columns.prompt: not a field of format alpaca; known: input, instruction, output, system, wrong_answers"),
         (with_sources("{path: rows.jsonl, columns: {mesages: q}}"), "x.yaml:8:42: data.sources[0].columns.mesages: not a field of format messages; did you mean 'messages'?"),
         (with_sources("{path: rows.jsonl}, {path: held.jsonl, format: text}", "columns: {messages: m}"), "x.yaml:9:13: data.columns.messages: not a field of format text; give data.sources[1], which has that format, columns of its own"),
         (with_sources("{path: rows.jsonl, format: text}", "loss_on: all"), "x.yaml:9:3: data.loss_on: format text does not read it; remove it"),
