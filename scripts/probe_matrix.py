@@ -160,6 +160,7 @@ def wait(process: subprocess.Popen, out: Path, runs: list[Run]) -> str:
 
 def compare(run: Run, single: Path, other: Path) -> str:
     """Return why a run of an engine is not what one process came to; nothing where it is."""
+    import torch
     from safetensors.torch import load_file
 
     straight = f"{run.method}-{run.storage}-straight"
@@ -185,7 +186,8 @@ def compare(run: Run, single: Path, other: Path) -> str:
             return f"{run.kind}: {name} has shape {tuple(others[name].shape)}"
         if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: its gradient is nothing but rounding
             continue
-        change = (tensor - before[name]).norm().clamp_min(1e-6 * tensor.norm())
+        start = before[name] if before[name].shape == tensor.shape else torch.zeros_like(tensor)  # a later stage's
+        change = (tensor - start).norm().clamp_min(1e-6 * tensor.norm())
         rounded = ROUNDED["logits" if name == "logits" else "weights"] * tensor.norm() * (run.storage == "bfloat16")
         off = (others[name] - tensor).norm()
         if not off <= SAME_CHANGE[run.storage] * change + rounded:

@@ -44,6 +44,9 @@ STEPS, HALF, ROWS_A_STEP = 4, 2, 8
 PROBED: dict[str, dict[str, Any]] = {
     "lisa": {"gamma": 1, "interval": 1},  # of two blocks, so that one rests
     "lora_drop": {"threshold": 0.5},  # so that layers share a pair
+    "adapter_drop": {"max_drop": 1},  # so that the lowest adapter rests in a step
+    "far": {"retention": 0.5},  # so that some nodes stay
+    "neft": {"ratio": 0.5},  # so that some rows stay
 }
 """Method -> keys of its section that show more in a short run than those of its recipe."""
 

@@ -69,10 +69,15 @@ def _engines(name: str) -> list[str]:
 
 
 def _shipped_count(name: str) -> dict[str, Any]:
-    """Return the model of a method's shipped recipe and how much of it trains; None where the model is not here."""
+    """Return the model of a method's shipped recipe and how much of it trains.
+
+    None where the model is not here, and where the recipe builds on runs of the user's.
+    """
     recipe = recipes.load_recipe(recipes.find(name).path)
     model = recipe.model.name_or_path
-    return {"model": model, "trainable": trainable(recipe) if is_fetched(model) else None}
+    builds_on = registry.get(name)(recipe.method).inputs()
+    known = is_fetched(model) and not any(builds_on.values())
+    return {"model": model, "trainable": trainable(recipe) if known else None}
 
 
 def trainable(recipe: Recipe) -> int:

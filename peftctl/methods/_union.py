@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftctl.methods._bottleneck import Chosen
+    from peftctl.methods._prefix import PrefixKeys
     from peftctl.models.attentions import Attention
 
 MERGE_NOTE = "the prefix stands before the keys of the text, and the adapter is not linear: no weight can hold them"
@@ -83,45 +84,55 @@ class UnionMethod(base.Method):
 
     def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
         """Put every part at its targets; the base is frozen."""
-        from peft import get_peft_model
-
-        from peftctl.tuners.float32_copy import widen_copies
-        from peftctl.tuners.union import UnionConfig
-
         task = context.recipe.model.task
-        parts = [
-            {
-                "part": part.part,
-                "targets": _targets.suffixes(model, part.targets),
-                "settings": dict(part.settings),
-                "gate": None if part.gate is None else dict(part.gate),
-            }
-            for part in self.members(model, task)
-        ]
-        config = UnionConfig(
-            task_type=TASK_TYPES[task], parts=parts, modules_to_save=_heads.unknown_to_peft(model) or None
-        )
-        # Without weights there is nothing to draw or copy; torch says so of every tensor.
-        with model.device if model.device.type == "meta" else nullcontext(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            peft_model = get_peft_model(model, config)
-        widen_copies(peft_model)
-        return peft_model
+        return attach(model, task, self.members(model, task))
 
     def export(self, model: Any) -> Any:
         """Return the adapter, with the prefix as a table, and heads in the base's type."""
-        from peftctl.tuners.float32_copy import narrow_copies
-        from peftctl.tuners.union import flatten_prefixes
+        return finished(model)
 
-        flatten_prefixes(model)
-        narrow_copies(model)
-        return model
+
+def attach(model: PreTrainedModel, task: str, parts: Iterable[Part]) -> Any:
+    """Put parts at their targets; the base is frozen, what trains is float32."""
+    from peft import get_peft_model
+
+    from peftctl.tuners.float32_copy import widen_copies
+    from peftctl.tuners.union import UnionConfig
+
+    saved = [
+        {
+            "part": part.part,
+            "targets": _targets.suffixes(model, part.targets),
+            "settings": dict(part.settings),
+            "gate": None if part.gate is None else dict(part.gate),
+        }
+        for part in parts
+    ]
+    heads = _heads.unknown_to_peft(model) or None
+    config = UnionConfig(task_type=TASK_TYPES[task], parts=saved, modules_to_save=heads)
+    # Without weights there is nothing to draw or copy; torch says so of every tensor.
+    with model.device if model.device.type == "meta" else nullcontext(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        peft_model = get_peft_model(model, config)
+    widen_copies(peft_model)
+    return peft_model
+
+
+def finished(model: Any) -> Any:
+    """Return what `attach` made, in place, with prefixes as tables, and heads in the base's type."""
+    from peftctl.tuners.float32_copy import narrow_copies
+    from peftctl.tuners.union import flatten_prefixes
+
+    flatten_prefixes(model)
+    narrow_copies(model)
+    return model
 
 
 def prefixes(
     found: Iterable[Attention],
-    keys: UnionKeys,
+    keys: UnionKeys | PrefixKeys,
     width: int,
+    std: float,
     gate: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> list[Part]:
     """Return a prefix for every attention layer: a part for those of one shape and one kind of gate.
@@ -130,6 +141,7 @@ def prefixes(
         found: The layers.
         keys: Of the method.
         width: d, of what the layers read.
+        std: Of the table's normal distribution at first.
         gate: Name of a module -> how its gate is made; None gates nothing.
     """
     groups: dict[tuple[Any, ...], list[Attention]] = {}
@@ -144,7 +156,7 @@ def prefixes(
         settings = {"tokens": n, "heads": heads, "key_dim": key_dim, "value_dim": value_dim, "width": width}
         names = [layer.name for layer in layers]
         gated = {} if made is None else {"gate": dict(made), "gates": dict.fromkeys(names, width)}
-        settings |= {"hidden": hidden, "std": keys.prefix_std}  # type: ignore[dict-item]
+        settings |= {"hidden": hidden, "std": std}  # type: ignore[dict-item]
         parts.append(Part("prefix", names, settings, size * len(names), **gated))  # type: ignore[arg-type]
     return parts
 

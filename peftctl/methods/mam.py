@@ -81,4 +81,4 @@ class Method(UnionMethod):
             scaling = 2.0 if task in CLASSIFICATION else 4.0
         width: int = model.config.get_text_config().hidden_size
         adapters = bottlenecks(beside(model), self.config, {"init_std": None, "up_std": 0.0, "scaling": scaling})
-        return [*prefixes(attentions(model), self.config, width), *adapters]
+        return [*prefixes(attentions(model), self.config, width, self.config.prefix_std), *adapters]

@@ -14,8 +14,10 @@ Where we, or peft, differ from the paper:
 - The table starts as N(0, 1) as in the authors' code, the network as PyTorch's layers do.
 - `init_text` starts from the activations of real words (section 7.4). The authors fit their network to them with 500
   steps of Adam; we solve for its last layer, which is exact.
-- Of an encoder-decoder only the decoder's self-attention has a prefix; the paper has two more, in the encoder and in
-  cross-attention. peft's own layout gives layers i and i + L/2 one prefix there; ours gives every layer its own.
+- Of an encoder-decoder only the decoder's self-attention has a prefix, which is all that plain peft can load. Its own
+  layout gives layers i and i + L/2 one prefix there; ours gives every layer its own. `everywhere` adds the paper's two
+  others, in the encoder and in cross-attention. The three are independent; then the network is one a layer,
+  (h_kv (d_k + d_v), m) behind its W1, and prefixes take no position.
 - peft runs the network once a row of the batch and can't go on from its tensors; neither holds here.
 """
 
@@ -23,8 +25,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from peftctl.errors import UsageError
-from peftctl.methods import base
+from peftctl.methods import _union, base
 from peftctl.methods._prefix import CHECKPOINTING, IDENTITY_NOTE, MERGE_NOTE, PrefixKeys, PrefixMethod
 
 if TYPE_CHECKING:
@@ -41,6 +45,15 @@ class Config(PrefixKeys):
     """Train a small network that makes the keys and values, as the paper does; only what it makes is saved."""
     init_text: str | None = None
     """Start from the keys and values of this text, repeated or cut to `num_virtual_tokens`; left out, at random."""
+    everywhere: bool = False
+    """Of an encoder-decoder, as in the paper: further prefixes in the encoder and in cross-attention."""
+
+    @model_validator(mode="after")
+    def _everywhere_is_plain(self) -> Config:
+        for key in ("init_text", "dropout"):
+            if self.everywhere and getattr(self, key):
+                raise ValueError(f"{key}: not with everywhere: true; remove one of them")
+        return self
 
 
 class Method(PrefixMethod):
@@ -54,14 +67,49 @@ class Method(PrefixMethod):
         category="prompt",
         summary="n trained keys and values stand before those of the text in every attention layer.",
         trains="the prefix, or the network that makes it; the base is frozen",
-        count="n * 2L*kv; with projection n*kv + (kv*m + m) + (m*2L*kv + 2L*kv), of which n * 2L*kv are kept",
+        count="n * 2L*kv; with projection n*kv + (kv*m + m) + (m*2L*kv + 2L*kv), of which n * 2L*kv are kept; "
+        "everywhere: n * 2kv in each of 3L layers, or n*kv + (kv + 1)m + (m + 1)2kv",
         tasks=("causal_lm", "seq2seq_lm"),
         merge_note=MERGE_NOTE,
         identity_at_init=False,
         identity_note=IDENTITY_NOTE,
-        needs=f"{CHECKPOINTING} Of an encoder-decoder only the decoder's self-attention gets a prefix.",
+        needs=f"{CHECKPOINTING} Of an encoder-decoder only the decoder's self-attention gets a prefix, as in peft; "
+        "`everywhere: true` adds those of encoder and cross-attention.",
         supports=frozenset({"4bit", "8bit", "resume"}),
     )
+
+    def count(self, model: PreTrainedModel) -> int:
+        """Return the size of the prefixes, or of the networks that make them."""
+        return sum(part.count for part in self._parts(model)) if self.config.everywhere else super().count(model)
+
+    def notices(self, model: PreTrainedModel) -> list[str]:
+        """Return how many positions are left, of which `everywhere` takes none."""
+        return [] if self.config.everywhere else super().notices(model)
+
+    def apply(self, model: PreTrainedModel, context: base.Context) -> Any:
+        """Freeze the base and put prefixes before the keys and values of its layers.
+
+        Raises:
+            UsageError: The architecture takes no prefix, or has no encoder where one is to have prefixes.
+        """
+        if not self.config.everywhere:
+            return super().apply(model, context)
+        return _union.attach(model, context.recipe.model.task, self._parts(model))
+
+    def export(self, model: Any) -> Any:
+        """Return the prefixes without the networks that made them."""
+        return _union.finished(model) if self.config.everywhere else super().export(model)
+
+    def _parts(self, model: PreTrainedModel) -> list[_union.Part]:
+        from peftctl.models.attentions import attentions
+
+        if not model.config.is_encoder_decoder:
+            raise UsageError(
+                f"method.everywhere: only for an encoder-decoder; the {model.config.model_type} architecture has a "
+                "prefix in every layer without it; remove it"
+            )
+        width: int = model.config.get_text_config().hidden_size
+        return _union.prefixes(attentions(model), self.config, width, self.config.init_std)
 
     def start(self, prefix: TrainedPrefix, model: PreTrainedModel, context: base.Context) -> None:
         """Start from the activations of a text; without weights there are none."""

@@ -155,7 +155,7 @@ class Method(UnionMethod):
         for size, some in alike.items():
             if size.tokens:
                 layers = [layer for block in some for layer in block.attentions]
-                parts += prefixes(layers, self._keys(size), some[0].width)
+                parts += prefixes(layers, self._keys(size), some[0].width, self.config.prefix_std)
             if size.bottleneck:
                 chosen = Chosen("behind", {block.end: block.width for block in some})
                 parts += bottlenecks(chosen, self._keys(size), {"init_std": 0.02, "up_std": 0.0})

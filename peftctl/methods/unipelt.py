@@ -105,7 +105,7 @@ class Method(UnionMethod):
         std = self.config.init_std
         deviations = {"init_std": std, "up_std": std}
         return [
-            *prefixes(found, self.config, width, gate(None)),
+            *prefixes(found, self.config, width, self.config.prefix_std, gate(None)),
             *self._factors(model, gate(None)),
             *bottlenecks(around(model), self.config, deviations, gate(std)),
         ]
