@@ -251,8 +251,8 @@ def show_methods(cards: Sequence[Mapping[str, Any]]) -> None:
         for card in cards
     ]
     show_table("", columns, rows)
-    models = sorted({card["recipe"]["model"] for card in cards})
-    out.print(f"count: what trains with the method's own recipe, on {' or '.join(models)}; ?: see its card", markup=False)
+    models = " or ".join(sorted({card["recipe"]["model"] for card in cards}))
+    out.print(f"count: what trains with the method's own recipe, on {models}; ?: see its card", markup=False)
 
 
 def show_matrix(content: Mapping[str, Any]) -> None:

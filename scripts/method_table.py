@@ -7,7 +7,8 @@ Of each method: four short runs on a grid of learning rates (a third, one, three
 seeds at the best of them, or at the next best where they differ by more than they are better than the base. Measured
 are the held-out loss on 200 rows, teacher-forced, and exact match (or accuracy) of 64 answers, before and after; the
 share that trains, and the size of the result. `--speed` measures tokens a second and peak memory of the rows that lack
-them, one method after the other on all cores: nothing else may run then.
+them, one method after the other on all cores: nothing else may run then. `dtype: auto` gives the base the type that the
+machine multiplies fast, bfloat16 or float32; the row says which.
 
 A row is kept in scripts/method_table/ with a hash of the recipe, its data and the method's code, so an interrupted
 table goes on, and only what has changed is run again. `--write` puts the rows that are there into README.md.
@@ -36,6 +37,16 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- method table: begin -->", "<!-- method table: end -->"
 GRID = (1 / 3, 1.0, 3.0, 10.0)
 BATCH_SIZE = 4
+EARLIER = {
+    "adapter_fusion": (
+        "method.adapters", "pfeiffer", 3e-3, [("requests", "messages"), ("rewrite", "prompt_completion")]
+    ),
+    "intrinsic_prompt_tuning": (
+        "method.prompts", "prompt_tuning", 9e-2, [("rewrite", "prompt_completion"), ("alpaca", "alpaca")]
+    ),
+}  # fmt: skip
+"""Method -> key that names finished runs, their method, its learning rate, and of each (demo data, format)."""
+EARLIER_STEPS = 40
 EVAL_ROWS, GRID_EVAL_ROWS, ANSWERS = 200, 32, 64
 
 
@@ -169,7 +180,7 @@ def measure(name: str, tokens: int) -> dict[str, Any]:
     """Return the row of one method: a grid of learning rates, three seeds, and what they came to."""
     import peftctl
 
-    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", builds_on(name))
     metric = "exact_match" if recipe.model.task in ("causal_lm", "seq2seq_lm") else "accuracy"
     steps = max(4, round(tokens / BATCH_SIZE / mean_tokens(recipe)))
     base = base_figures(recipe, metric)
@@ -194,9 +205,9 @@ def speed(name: str, tokens: int) -> dict[str, Any]:
     """Return the tokens a second and the peak memory of a third of a run at the row's learning rate."""
     import peftctl
 
-    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", builds_on(name))
     steps = max(4, round(tokens / BATCH_SIZE / mean_tokens(recipe) / 3))
-    run = fitted(name, 0, read(name)["learning_rate"], steps)
+    run = fitted(name, 0, read(name)["learning_rate"], steps, read(name)["dtype"])
     return {key: run[key] for key in ("tokens_per_second", "peak_memory_bytes")}
 
 
@@ -208,16 +219,38 @@ def trained(
     return run, evaluated(str(RUNS / name), recipe, metrics, rows)
 
 
-def fitted(name: str, seed: int, rate: float | None, steps: int | None) -> dict[str, Any]:
-    """Train a recipe; return its summary.json."""
+def fitted(name: str, seed: int, rate: float | None, steps: int | None, dtype: str | None = None) -> dict[str, Any]:
+    """Train a recipe; return its summary.json, with the base's type."""
     import peftctl
 
-    overrides = [f"train.output_dir={RUNS / name}", "data.eval=null"]
+    overrides = [f"train.output_dir={RUNS / name}", "data.eval=null", *([f"model.dtype={dtype}"] if dtype else [])]
+    overrides += builds_on(name)
     if rate is not None:
         overrides += [f"train.learning_rate={rate}", f"train.max_steps={steps}", f"train.batch_size={BATCH_SIZE}"]
         overrides += [f"train.seed={seed}", "train.gradient_accumulation=1"]
     recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
-    return dict(peftctl.train(recipe, fresh=True).summary)
+    summary = dict(peftctl.train(recipe, fresh=True).summary)
+    return summary | {"dtype": peftctl.load_recipe(RUNS / name / "recipe.yaml").model.dtype}
+
+
+def builds_on(name: str) -> list[str]:
+    """Train the runs that a recipe combines, where they are missing."""
+    import peftctl
+
+    if name not in EARLIER:
+        return []
+    key, method, rate, sources = EARLIER[name]
+    runs = []
+    for number, form in enumerate(sources):
+        runs.append(RUNS / f"{name}-earlier" / str(number))
+        if (runs[-1] / "summary.json").is_file():
+            continue
+        overrides = [f"train.output_dir={runs[-1]}", "data.eval=null", f"train.learning_rate={rate}"]
+        overrides += [f"train.max_steps={EARLIER_STEPS}", f"train.batch_size={BATCH_SIZE}"]
+        source = [f"data.train=recipes/data/{form[0]}_train.jsonl", f"data.format={form[1]}"]
+        recipe = peftctl.load_recipe(ROOT / "recipes" / f"{method}.yaml", [*overrides, *source])
+        peftctl.train(recipe, fresh=True)
+    return [f"{key}=[{', '.join(map(str, runs))}]"]
 
 
 def evaluated(target: str, recipe: Any, metrics: list[str], rows: int) -> dict[str, float]:
@@ -270,6 +303,7 @@ def row(
 ) -> dict[str, Any]:
     return {
         "model": recipe.model.name_or_path,
+        "dtype": run["dtype"],
         "metric": metric,
         "learning_rate": rate,
         "loss_before": base.get("loss"),
@@ -289,10 +323,9 @@ def row(
 
 def render(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown, best held-out loss first; classifiers below the language models."""
-    head = (
-        "| method | loss after (spread of 3 seeds) | {} | learning rate | trains | peak memory | tokens/s | result |\n"
-    )
-    head += "|---|---|---|---|---|---|---|---|\n"
+    head = "| method | loss after (spread of 3 seeds) | {} | learning rate | trains | base "
+    head += "| peak memory | tokens/s | result |\n"
+    head += "|---|---|---|---|---|---|---|---|---|\n"
     text = ""
     for metric, title in (("exact_match", "exact match"), ("accuracy", "accuracy")):
         chosen = {name: row for name, row in rows.items() if row["metric"] == metric}
@@ -306,7 +339,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
 
 def base_line(row: dict[str, Any]) -> str:
     name = "base" if row["metric"] == "exact_match" else "chance"
-    return f"| ({name}) | {row['loss_before']:.3f} | {row['metric_before']:.1%} | | | | | |\n"
+    return f"| ({name}) | {row['loss_before']:.3f} | {row['metric_before']:.1%} | | | | | | |\n"
 
 
 def line(name: str, row: dict[str, Any]) -> str:
@@ -319,6 +352,7 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{row['metric_after']:.1%}",
         rate,
         f"{row['share']:.3%}",
+        row["dtype"],
         "–" if "peak_memory_bytes" not in row else f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
         "–" if row.get("tokens_per_second") is None else f"{row['tokens_per_second']:.0f}",
         size(row["adapter_bytes"]),
