@@ -84,6 +84,8 @@ class Routed:
 class RoutedMethod(base.Method):
     """A router and experts beside every target."""
 
+    whole_batches = True  # losses on the routing are over all tokens of a micro-batch
+
     def __init__(self, config: Any):
         super().__init__(config)
         self.load = _Load()

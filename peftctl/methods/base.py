@@ -156,6 +156,9 @@ class Method:
     loss_reads_weights: ClassVar[bool] = False
     """True where `loss` reads tensors that train outside of the forward pass: ZeRO-3 then keeps them whole."""
 
+    whole_batches: ClassVar[bool] = False
+    """True where a part of the loss is of a micro-batch as a whole, which then goes through the model at once."""
+
     def __init__(self, config: Any):
         self.config = config
         self.new_token_ids: Sequence[int] = ()

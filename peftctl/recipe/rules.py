@@ -146,6 +146,9 @@ def _backend(view: View) -> Iterator[Finding]:
         yield Finding(view.at("backend.name"), "backend.config: deepspeed needs a configuration file", hint)
     if name not in ("deepspeed", "fsdp"):
         return
+    if view.values.get("train.tokens_per_pass"):
+        message = f"train.tokens_per_pass: through {name} a micro-batch takes one pass"
+        yield Finding(view.at("train.tokens_per_pass"), message, "remove it, or lower train.batch_size")
     optimizer = view.values.get("train.optimizer")
     if optimizer not in (None, *DIVISIBLE):
         message = f"train.optimizer: {optimizer} can't be divided among processes by {name}"

@@ -140,6 +140,9 @@ class TrainSection(Section):
     """Rows a process and micro-step."""
     gradient_accumulation: Positive = 1
     """Micro-steps an optimizer step."""
+    tokens_per_pass: Positive | None = None
+    """Tokens, padding included, that go through the model at once: a micro-batch of more takes several passes, with the
+    same gradient and less memory. Left out, 1024 on CPUs and whole micro-batches on GPUs."""
     learning_rate: Rate = 2e-4
     """Peak learning rate."""
     scheduler: Scheduler = "cosine"

@@ -21,6 +21,7 @@ from peftctl.data.encode import EncodedRow
 from peftctl.errors import UsageError
 from peftctl.methods.base import Method
 from peftctl.recipe.schema import QuantizationSection, Recipe
+from peftctl.training.passes import pass_tokens
 from peftctl.training.precision import autocast_type
 from peftctl.training.sharing import Sharing, read_sharing
 from peftctl.training.step_bytes import StepBytes, StepSettings, stacks, step_bytes
@@ -124,8 +125,10 @@ def plan_memory(
     hidden = model.get_input_embeddings().weight.shape[-1]
     gathered = _gathered(model) if share.engine == "fsdp" else 0
     state = share.state(plain, optimizer_bytes(recipe, plain), hidden, packed, gathered)
-    settings = _settings(recipe, method, stored, share, machine)
-    step, traced = _step(model, rows, collate, recipe, settings, machine.processes)
+    tokens = pass_tokens(recipe, method, machine.kind)
+    widest, several = widest_rows(rows, recipe, model, machine.processes, tokens) if rows else ([], False)
+    settings = _settings(recipe, method, stored, share, machine, several=several)
+    step, traced = _step(model, widest, collate, settings)
     optimizer, host = state.optimizer, state.host
     if machine.kind == "cuda" and recipe.train.optimizer.startswith("paged"):  # moves out when the device is full
         optimizer, host = 0, host + optimizer
@@ -211,7 +214,7 @@ def optimizer_bytes(recipe: Recipe, parameters: Iterable[torch.Tensor]) -> int:
 
 
 def _settings(
-    recipe: Recipe, method: Method, stored: Mapping[str, Any], share: Sharing, machine: Machine
+    recipe: Recipe, method: Method, stored: Mapping[str, Any], share: Sharing, machine: Machine, *, several: bool
 ) -> StepSettings:
     dtype = dtype_of(recipe.model.dtype)
     autocast = autocast_type(recipe, method)
@@ -221,7 +224,7 @@ def _settings(
         loss=method.loss,
         autocast=dtype_of(autocast) if autocast else None,
         checkpointing=checkpointing,
-        accumulates=recipe.train.gradient_accumulation > 1 or share.keeps_gradients,
+        accumulates=several or recipe.train.gradient_accumulation > 1 or share.keeps_gradients,
         stored=dict.fromkeys(stored, recipe.quantization.bits or 0),
         compute=dtype_of(compute) if compute else dtype,
         on_gpu=machine.kind == "cuda",
@@ -229,13 +232,11 @@ def _settings(
     )
 
 
-def _step(
-    model: Any, rows: Sequence[EncodedRow], collate: Any, recipe: Recipe, settings: StepSettings, processes: int
-) -> tuple[StepBytes, bool]:
-    """Return the bytes of the widest step, and whether they were counted rather than estimated."""
+def _step(model: Any, rows: Sequence[EncodedRow], collate: Any, settings: StepSettings) -> tuple[StepBytes, bool]:
+    """Return the bytes of a pass of these rows, and whether they were counted rather than estimated."""
     if not rows or not any(p.requires_grad for p in model.parameters()):
         return StepBytes(0, 0, 0, 0), True
-    batch = collate(widest_rows(rows, recipe, model, processes))
+    batch = collate(rows)
     try:
         return step_bytes(model, batch, settings), True
     except Exception:  # shapes without a forward pass, or code of the model's own that looks at numbers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
+from peftctl.backends import device as devices
 from peftctl.backends import processes
 from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import EncodedRow
@@ -28,6 +30,7 @@ from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
 from peftctl.training.checkpoints import StageMark
 from peftctl.training.noise import noisy_embeddings
+from peftctl.training.passes import cut, pass_tokens
 from peftctl.training.report import MetricsFile
 from peftctl.training.selection import SelectingTrainer
 from peftctl.training.workload import StageRun
@@ -82,6 +85,8 @@ class MethodTrainer(SelectingTrainer):
         self.stop_agreed = False
         self.left_out = False  # the step at hand
         self.step_rows: list[str] = []
+        self.pass_tokens = pass_tokens(stage.recipe, stage.method, devices.current_device().type)
+        self.share = 1.0  # of the micro-batch's rows, in the pass at hand
         schedules = stage.method.callbacks(model)
         super().__init__(
             stage,
@@ -120,18 +125,19 @@ class MethodTrainer(SelectingTrainer):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        """Make a micro-batch, and remember where its rows come from."""
+    def _collate(self, rows: Sequence[EncodedRow]) -> list[dict[str, torch.Tensor]]:
+        """Make a micro-batch, a batch for each pass, and remember where its rows come from."""
         self.step_rows += [row.where for row in rows]
-        return self.stage.collate(rows)
+        return [self.stage.collate(part) for part in cut(rows, self.pass_tokens)]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return this process's micro-batches of one optimizer step, and the supervised tokens of all processes'."""
         self.step_rows.clear()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        passes = [one for batch in batches for one in batch]
         own = [
-            sum(count_supervised(self.model, batch["labels"]) for batch in batches),
-            sum(_tokens(batch) for batch in batches),
+            sum(count_supervised(self.model, one["labels"]) for one in passes),
+            sum(_tokens(one) for one in passes),
             bool(self.stage.stop),
         ]
         supervised, tokens, stops = (int(count) for count in processes.summed(own))
@@ -144,16 +150,26 @@ class MethodTrainer(SelectingTrainer):
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run the passes of a micro-batch; processes add their gradients up in the last one."""
+        rows = [len(one["input_ids"]) for one in inputs]
+        losses = []
+        for i, one in enumerate(inputs):
+            self.share = rows[i] / sum(rows)
+            with nullcontext() if i == len(inputs) - 1 else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, one, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Return the loss of a micro-batch, scaled so that the micro-batches of a step add up to its mean."""
+        """Return the loss of a pass, scaled so that the passes of a step add up to its mean."""
         parts = self.stage.method.loss(self.model, inputs, lambda batch: self._forward(model, batch))
         # Gradients are averaged over processes, and this is a share of the sum over all of them.
         total = parts.pop("loss") * self.args.world_size / max(num_items_in_batch, 1)
         self._count("loss", total)
         for name, part in parts.items():
-            scaled = part / self.current_gradient_accumulation_steps
+            scaled = part * self.share / self.current_gradient_accumulation_steps
             self._count(name, scaled)
             total = total + scaled
         # The library divides by the accumulation where it believes that nobody scaled the loss.

@@ -14,6 +14,7 @@ from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.errors import UsageError
 from peftctl.recipe.schema import Recipe
+from peftctl.training.passes import cut
 from peftctl.training.step_bytes import StepBytes, StepSettings, stacks
 
 _EPOCHS = 3
@@ -59,18 +60,31 @@ def widths(config: Any) -> Widths:
     return Widths(feed_forward=inner, **found)
 
 
-def widest_rows(rows: Sequence[EncodedRow], recipe: Recipe, model: Any, processes: int) -> list[EncodedRow]:
-    """Return the rows of the micro-batch that needs the most memory among those that the run will take."""
+def widest_rows(
+    rows: Sequence[EncodedRow], recipe: Recipe, model: Any, processes: int, tokens: int | None = None
+) -> tuple[list[EncodedRow], bool]:
+    """Return the rows of the pass that needs the most memory among those that the run will take.
+
+    Args:
+        rows: The training rows.
+        recipe: The run's.
+        model: Gives widths.
+        processes: That train together.
+        tokens: Of a pass, see `passes.py`.
+
+    Returns:
+        The rows, and whether they are less than their micro-batch.
+    """
     train = recipe.train
     lengths = [len(row.input_ids) for row in rows]
-    supervised = [sum(label != IGNORED for label in row.labels) for row in rows]
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     blocks = sum(len(stack) for stack in stacks(model))
     kept = hidden * blocks * (1 if train.gradient_checkpointing else 16)
 
-    def need(batch: Sequence[int]) -> int:
-        tokens = len(batch) * max(lengths[i] for i in batch)
-        return tokens * kept + 2 * vocabulary * sum(supervised[i] for i in batch)
+    def need(part: Sequence[EncodedRow]) -> int:
+        width = len(part) * max(len(row.input_ids) for row in part)
+        supervised = sum(label != IGNORED for row in part for label in row.labels)
+        return width * kept + 2 * vocabulary * supervised
 
     # Neighbours in length are dealt to the processes in order, the longest to the last.
     sampler = GroupedBatches(
@@ -79,7 +93,11 @@ def widest_rows(rows: Sequence[EncodedRow], recipe: Recipe, model: Any, processe
     epochs = _EPOCHS if train.max_steps else min(math.ceil(train.epochs), _EPOCHS)
     micro_steps = train.max_steps * train.gradient_accumulation if train.max_steps else None
     batches = itertools.islice(_epochs(sampler, epochs), micro_steps)
-    return [rows[i] for i in max((batch for batch in batches if batch), key=need)]
+    micro_batches = (cut([rows[i] for i in batch], tokens) for batch in batches if batch)
+    widest, several = max(
+        ((part, len(parts) > 1) for parts in micro_batches for part in parts), key=lambda p: need(p[0])
+    )
+    return list(widest), several
 
 
 def _epochs(sampler: GroupedBatches, epochs: int) -> Iterable[list[int]]:

@@ -527,19 +527,19 @@ def test_the_widest_batch_is_one_that_the_run_takes():
     rows = [row(n) for n in range(10, 50)]
     model = llama()
     made = recipe(low_rank(), batch_size=4)
-    assert max(len(r.input_ids) for r in widest_rows(rows, made, model, 1)) == 49
-    assert sorted(len(r.input_ids) for r in widest_rows(rows, made, model, 1)) == [46, 47, 48, 49]
-    assert len(widest_rows(rows, recipe(low_rank(), batch_size=64), model, 1)) == 40
-    assert max(len(r.input_ids) for r in widest_rows(rows, made, model, 2)) == 49
+    assert max(len(r.input_ids) for r in widest_rows(rows, made, model, 1)[0]) == 49
+    assert sorted(len(r.input_ids) for r in widest_rows(rows, made, model, 1)[0]) == [46, 47, 48, 49]
+    assert len(widest_rows(rows, recipe(low_rank(), batch_size=64), model, 1)[0]) == 40
+    assert max(len(r.input_ids) for r in widest_rows(rows, made, model, 2)[0]) == 49
     first = recipe(low_rank(), batch_size=4, max_steps=1, seed=3)
-    assert max(len(r.input_ids) for r in widest_rows(rows, first, model, 1)) < 49
+    assert max(len(r.input_ids) for r in widest_rows(rows, first, model, 1)[0]) < 49
 
 
 def test_many_supervised_tokens_can_weigh_more_than_length():
     rows = [row(60, 2), row(50, 10)]
     made = recipe(low_rank(), batch_size=1)
-    assert len(widest_rows(rows, made, llama(layers=2), 1)[0].input_ids) == 60
-    assert len(widest_rows(rows, made, llama(layers=2, vocab=100_000), 1)[0].input_ids) == 50
+    assert len(widest_rows(rows, made, llama(layers=2), 1)[0][0].input_ids) == 60
+    assert len(widest_rows(rows, made, llama(layers=2, vocab=100_000), 1)[0][0].input_ids) == 50
 
 
 @pytest.mark.parametrize(
