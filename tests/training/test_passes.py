@@ -1,5 +1,6 @@
 """A micro-batch in several passes is the same step as one pass."""
 
+import itertools
 import json
 
 import pytest
@@ -22,7 +23,7 @@ def test_parts_hold_all_rows_in_order_and_no_more_tokens_than_asked_for(tokens):
     parts = cut(rows, tokens)
     assert [one for part in parts for one in part] == rows
     assert all(len(part) == 1 or len(part) * max(one.tokens for one in part) <= tokens for part in parts)
-    for part, after in zip(parts, parts[1:], strict=False):  # no part could have taken the next row too
+    for part, after in itertools.pairwise(parts):  # no part could have taken the next row too
         assert (len(part) + 1) * max(one.tokens for one in (*part, after[0])) > tokens
 
 
