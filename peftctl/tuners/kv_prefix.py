@@ -79,13 +79,16 @@ class PrefixTable(nn.Module):
         """Return the keys and values, (n, h_kv (d_k + d_v))."""
         return self.table if self.network is None else self.network(self.table)
 
-    def forward(self, x: torch.Tensor) -> Prefix:
-        """Return the prefix in the type of the layer's input x, (batch, seq, d)."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return what makes a `Prefix`, in the type of the layer's input x, (batch, seq, d).
+
+        A tuple, in which ZeRO-3 finds the tensors before whose backward pass it must have the table again.
+        """
         heads, key_dim, value_dim = self.shape
         rows = self.rows().to(x.dtype).unflatten(1, (heads, key_dim + value_dim)).transpose(0, 1)
         keys, values = rows.split([key_dim, value_dim], dim=2)
         # Copies: an engine may take the table back as soon as this module is done.
-        return Prefix(keys.clone(), values.clone(), None if self.gate is None else self.gate(x))
+        return keys.clone(), values.clone(), None if self.gate is None else self.gate(x)
 
     @torch.no_grad()
     def flatten(self) -> None:
@@ -133,7 +136,7 @@ class KvPrefix(Part):
         states = args[0] if args else kwargs["hidden_states"]
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
-        return args, {**kwargs, "kv_prefix": table(states)}
+        return args, {**kwargs, "kv_prefix": Prefix(*table(states))}
 
     def end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Give the configuration back, also after an error."""

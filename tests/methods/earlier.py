@@ -1,8 +1,5 @@
 """Tiny earlier runs for methods that build on finished ones; shipped recipes name runs that nobody has trained here."""
 
-import os
-from contextlib import suppress
-
 import torch
 import transformers
 from peft import get_peft_model
@@ -47,7 +44,9 @@ def _prompts(folder, keys, task, base):
 
 def _decoder(folder, keys, task, base):
     size = keys.num_virtual_tokens * base().get_input_embeddings().weight.shape[1]
-    run = write_decoder(folder / "decoder", keys.intrinsic_dim, keys.hidden, size)
+    run = folder / "decoder"
+    if not run.is_dir():
+        write_decoder(run, keys.intrinsic_dim, keys.hidden, size)
     return {"prompts": [], "decoder": str(run)}
 
 
@@ -84,14 +83,14 @@ def _adapters(folder, keys, task, base):
     runs = [folder / f"adapter-{i}" for i in range(len(keys.adapters))]
     for i, run in enumerate(runs):
         if not run.is_dir():
-            own = write_adapter(run.with_name(f"{run.name}-{os.getpid()}"), base(), i, task)
-            with suppress(OSError):  # another process of the run was faster
-                own.rename(run)
+            write_adapter(run, base(), i, task)
     return {"adapters": [str(run) for run in runs]}
 
 
 def _mask(folder, keys, task, base):
     """Write a mask of every second entry of every layer."""
+    if (folder / "mask").is_dir():
+        return {"mask_from": str(folder / "mask")}
     base = base()
     if task in CLASSIFICATION:
         base = getattr(transformers, AUTO_CLASSES[task]).from_config(base.config)

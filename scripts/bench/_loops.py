@@ -1,0 +1,272 @@
+"""What the benchmarks run: the same rows through peftctl and through the loop that one writes by hand.
+
+A measurement is a process of its own, which prints a line of JSON: `python scripts/bench/_loops.py LOOP FOLDER WORK`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # peftctl, from wherever this is run
+UNTIMED = 2
+"""First steps, whose allocations are not the loop's speed."""
+HELD_OUT = 64
+DATA = ("requests_train", "rewrite_train", "alpaca_train")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a loop trains.
+
+    Args:
+        recipe: Of the repository.
+        overrides: Of the recipe.
+        row_tokens: Mean length of a row; rows spread evenly over half of it to one and a half.
+        supervised: Share of a row that is trained on.
+        batch_size: Rows an optimizer step.
+        steps: Optimizer steps that are timed.
+        vocabulary: Of a random model of SmolLM2's shape that is trained instead; None trains the recipe's.
+    """
+
+    recipe: str = "lora"
+    overrides: tuple[str, ...] = ()
+    row_tokens: int = 223
+    supervised: float = 0.59
+    batch_size: int = 8
+    steps: int = 10
+    vocabulary: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def measured(loop: str, work: Work, folder: Path) -> dict[str, float]:
+    """Run a loop in a process of its own; return what it measured.
+
+    Args:
+        loop: One of `LOOPS`.
+        work: What it trains.
+        folder: With the rows that `write_rows` has put there.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    began = time.time()
+    command = [sys.executable, __file__, loop, str(folder), json.dumps(asdict(work) | {"began": began})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | work.environment)
+    if done.returncode:
+        sys.exit(f"{loop} {work} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {"wall s": round(time.time() - began, 2), **found}
+
+
+# -- the rows --------------------------------------------------------------------------------------------------------
+
+
+def write_rows(work: Work, folder: Path) -> None:
+    """Write the rows, of the demo data's words, and the model where it is a random one."""
+    import peftctl
+
+    model = peftctl.load_recipe(work.recipe).model.name_or_path
+    if work.vocabulary:
+        save_random_model(model, work.vocabulary, folder / "model")
+    draw = random.Random(0)
+    words, tokenizer = word_stream(draw), tokenizer_of(model)
+    for name, count in (("train", (work.steps + UNTIMED) * work.batch_size), ("eval", HELD_OUT)):
+        rows = (row(work, draw, words, tokenizer) for _ in range(count))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def recipe_of(work: Work, folder: Path, held_out: str = "null") -> Any:
+    """Return the recipe that trains on the rows once."""
+    import peftctl
+
+    overrides = [f"data.train={folder / 'train.jsonl'}", f"data.eval={held_out}", "data.format=prompt_completion"]
+    overrides += ["data.template='{prompt}'", f"data.max_length={2 * work.row_tokens}", "data.loss_on=completion"]
+    overrides += [f"train.output_dir={folder / 'run'}", f"train.batch_size={work.batch_size}", "train.logging_steps=1"]
+    overrides += ["train.epochs=1", "train.save_steps=1000000", "train.scheduler=constant", "train.warmup_ratio=null"]
+    overrides += [f"model.name_or_path={folder / 'model'}"] if work.vocabulary else []
+    return peftctl.load_recipe(work.recipe, [*overrides, *work.overrides])
+
+
+def tokenizer_of(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from peftctl.models.aliases import resolve
+
+    return AutoTokenizer.from_pretrained(resolve(model))
+
+
+def word_stream(draw: random.Random) -> Iterator[str]:
+    """Yield the words of the demo data for ever, its rows in random order."""
+    rows = [
+        " ".join(part for part in texts(json.loads(line)))
+        for name in DATA
+        for line in (ROOT / "recipes" / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    while True:
+        yield from draw.choice(rows).split()
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield the texts of a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts(part)
+
+
+def row(work: Work, draw: random.Random, words: Iterator[str], tokenizer: Any) -> dict[str, str]:
+    """Return a prompt and a completion of the lengths that are wanted."""
+    length = draw.uniform(0.5, 1.5) * work.row_tokens
+    completion = max(2, round(length * work.supervised))
+    parts = {"prompt": max(1, round(length) - completion), "completion": completion - 1}  # its end token comes on top
+    made = {}
+    for name, tokens in parts.items():
+        ids = tokenizer(" ".join(next(words) for _ in range(tokens))).input_ids
+        made[name] = tokenizer.decode(ids[:tokens])
+    return made
+
+
+def save_random_model(name: str, vocabulary: int, place: Path) -> None:
+    """Save a model with random weights and another vocabulary, of a known model's shape, with its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from peftctl.models.aliases import resolve
+
+    config = AutoConfig.from_pretrained(resolve(name))
+    config.vocab_size = max(vocabulary, len(tokenizer_of(name)))
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    tokenizer_of(name).save_pretrained(place)
+
+
+# -- the loops -------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Times the steps after the first ones."""
+
+    def __init__(self, began: float):
+        self.began = began
+        self.first = self.second = self.last = 0.0
+        self.steps = 0
+
+    def ready(self) -> None:
+        """The first step begins."""
+        self.first = time.time()
+
+    def step(self) -> None:
+        """A step is done."""
+        self.steps += 1
+        self.last = time.time()
+        if self.steps == UNTIMED:
+            self.second = self.last
+
+    def result(self, tokens: int, supervised: int, peak: int, loss: float) -> dict[str, float]:
+        share = (self.steps - UNTIMED) / self.steps  # steps are alike on average
+        seconds = self.last - self.second
+        return {
+            "start-up": round(self.first - self.began, 2),
+            "seconds a step": round(seconds / (self.steps - UNTIMED), 3),
+            "tokens/s": round(tokens * share / seconds, 1),
+            "supervised tokens/s": round(supervised * share / seconds, 1),
+            "peak GiB": round(peak / 2**30, 3),
+            "held-out loss": round(loss, 4),
+        }
+
+
+def run_peftctl(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
+    """Train as `peftctl train` does, from the checks to the artefact."""
+    import peftctl
+    from peftctl.console import Reporter
+
+    class Watch(Reporter):
+        def begin(self, title: str, total: int, done: int = 0) -> None:
+            clock.ready()
+
+        def step(self, step: int, metrics: Any = None) -> None:
+            if metrics is None:
+                clock.step()
+
+    summary = peftctl.train(recipe_of(work, folder), reporter=Watch(), fresh=True).summary
+    held_out = peftctl.evaluate(str(folder / "run"), [f"data.eval={folder / 'eval.jsonl'}", "eval.metrics=[loss]"])
+    return clock.result(
+        summary["train_tokens"], summary["supervised_tokens"], summary["peak_memory_bytes"], held_out.metrics["loss"]
+    )
+
+
+def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
+    """Train the same LoRA with what one writes by hand: Trainer, get_peft_model, DataCollatorForSeq2Seq."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from peftctl.backends import device
+    from peftctl.commands.prepare import prepare
+    from peftctl.data.collate import Collator
+    from peftctl.evaluation.loss import held_out_loss
+    from peftctl.models.load import load_model
+
+    ready = prepare(recipe_of(work, folder, str(folder / "eval.jsonl")))
+    recipe = ready.recipe
+    model = load_model(recipe.model, dtype=recipe.model.dtype, device=torch.device("cpu"))
+    keys = recipe.method
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=keys.r, lora_alpha=keys.alpha, lora_dropout=keys.dropout,
+        target_modules=keys.target_modules,
+    )  # fmt: skip
+    model = get_peft_model(model, config)
+    rows = [
+        {"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels}
+        for r in ready.train_rows
+    ]
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.ready()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step()
+
+    train = recipe.train
+    arguments = TrainingArguments(
+        output_dir=str(folder / "bare"), per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate, lr_scheduler_type=train.scheduler, seed=train.seed, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[], logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(ready.tokenizer), callbacks=[Watch()],
+    )  # fmt: skip
+    device.reset_peak_memory()
+    trainer.train()
+    peak = device.peak_memory_bytes()
+    loss = float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    supervised = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+    return clock.result(tokens, supervised, peak, loss)
+
+
+LOOPS = {"peftctl": run_peftctl, "bare": run_bare}
+
+
+def main() -> None:
+    """Run one loop on one piece of work."""
+    loop, folder, text = sys.argv[1:]
+    content = json.loads(text)
+    clock = Clock(content.pop("began"))
+    work = Work(**{**content, "overrides": tuple(content["overrides"])})
+    print(json.dumps(LOOPS[loop](work, clock, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
