@@ -33,8 +33,10 @@ STORAGES = ("float32", "bfloat16", "nf4", "int8")
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.02, "nf4": 0.02, "int8": 0.02}
 """Largest difference of a step's loss, nats. Half types and quantised bases round."""
 SAME_CHANGE = {"float32": 0.02, "bfloat16": 0.65, "nf4": 0.3, "int8": 0.3}
-"""Largest difference of what training has made of a tensor, as a share of the norm of its change in one process. In bfloat16
-up to 0.58 was seen (adamix, of whose experts each has few of the short run's steps), with 0.001 in float32."""
+"""Largest difference of what training has made of a tensor, as a share of the norm of its change in one process.
+
+In bfloat16 up to 0.58 was seen: adamix, of whose experts each has few of the short run's steps.
+"""
 ROUNDED = {"logits": 2.0**-6, "weights": 2.0**-9}
 """And in bfloat16, as a share of their norm: logits (seen: 0.8 to 1.3 %), and weights that ZeRO keeps in 16 bits."""
 SILENT = 120
