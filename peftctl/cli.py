@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 the recipe, the data or the arguments ar
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -91,6 +92,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("PEFTCTL_DEBUG"):
         warnings.filterwarnings("ignore")
+        # On CPUs with bfloat16 instructions it asks for a kernel from the hub, and says that it has not got it.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _version(show: bool) -> None:
