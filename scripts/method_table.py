@@ -120,28 +120,14 @@ def up_to_date(name: str, options: argparse.Namespace) -> bool:
 
 
 def digest_of(name: str, options: argparse.Namespace) -> str:
+    from peftctl.methods._matrix import code_of
+
     digest = hashlib.sha256(f"{options.tokens} {options.threads} {GRID} {BATCH_SIZE}".encode())
     recipe = ROOT / "recipes" / f"{name}.yaml"
     digest.update(settings(recipe).encode())
     for file in [*data_files(recipe), *sorted(modules_of(ROOT / "peftctl" / "methods" / f"{name}.py"))]:
         digest.update(code_of(file) if file.suffix == ".py" else file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def code_of(file: Path) -> bytes:
-    """Return what a module does: its code without comments, docstrings and a method's card."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [line for line in body if not is_text(line)] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.unparse(tree).encode()
-
-
-def is_text(line: ast.stmt) -> bool:
-    if isinstance(line, ast.Assign):
-        return isinstance(line.targets[0], ast.Name) and line.targets[0].id == "card"
-    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def settings(recipe: Path) -> str:
