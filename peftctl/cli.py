@@ -26,8 +26,9 @@ recipes_app = typer.Typer(help="List, show and copy the recipes that come with p
 app.add_typer(recipes_app, name="recipes")
 
 OUT_OF_MEMORY = (
-    "out of device memory; lower train.batch_size and raise train.gradient_accumulation instead, "
-    "lower data.max_length, or set train.gradient_checkpointing=true; `peftctl check` plans memory"
+    "out of device memory; lower train.tokens_per_pass (through an engine train.batch_size, and raise "
+    "train.gradient_accumulation instead), lower data.max_length, or set train.gradient_checkpointing=true; "
+    "`peftctl check` plans memory"
 )
 
 RecipePath = Annotated[

@@ -15,6 +15,7 @@ from peftctl.errors import UsageError
 from peftctl.models.load import meta_model
 from peftctl.recipe.schema import Recipe
 from peftctl.training.memory import Machine, MemoryPlan, plan_memory
+from peftctl.training.passes import may_cut, pass_tokens
 
 _WORTH = 0.01
 """Share of what the run itself adds that a change must save to be worth a line."""
@@ -151,7 +152,14 @@ def _changes(ready: Prepared, machine: Machine) -> Iterator[list[_Change]]:
         yield [_Change({"train.gradient_checkpointing": True})]
     if recipe.quantization.bits != 4 and "4bit" in supports:
         yield [_Change({"quantization.bits": 4})]
-    if train.batch_size > 1:
+    longest = max(len(row.input_ids) for row in ready.train_rows)
+    if may_cut(recipe, ready.method):
+        whole = train.batch_size * longest
+        tokens = min(whole, pass_tokens(recipe, ready.method, machine.kind) or whole)
+        fewer = [tokens >> i for i in range(1, tokens.bit_length()) if tokens >> i > longest]
+        if tokens > longest:  # a row goes through whole
+            yield [_Change({"train.tokens_per_pass": n}) for n in (*fewer, longest)]
+    elif train.batch_size > 1:
         sizes = [train.batch_size >> i for i in range(1, train.batch_size.bit_length())]
         # as many rows a step as before
         rows = train.batch_size * train.gradient_accumulation
@@ -161,7 +169,7 @@ def _changes(ready: Prepared, machine: Machine) -> Iterator[list[_Change]]:
     if train.optimizer in ("adamw", "paged_adamw_32bit"):
         paged = "paged_" if machine.kind == "cuda" else ""
         yield [_Change({"train.optimizer": f"{paged}adamw_8bit"})]
-    longest = min(recipe.data.max_length, max(len(row.input_ids) for row in ready.train_rows))
+    longest = min(recipe.data.max_length, longest)
     if longest >= 2 * _SHORTEST:
         halves = [longest >> i for i in range(1, longest.bit_length()) if longest >> i >= _SHORTEST]
         yield [_Change({"data.max_length": n}) for n in halves]

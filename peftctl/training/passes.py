@@ -24,9 +24,14 @@ def pass_tokens(recipe: Recipe, method: Method, device: str) -> int | None:
         method: The recipe's.
         device: `cpu`, `cuda`, ...
     """
-    if recipe.backend.name != "single" or method.whole_batches:
+    if not may_cut(recipe, method):
         return None
     return recipe.train.tokens_per_pass or (CPU_TOKENS if device == "cpu" else None)
+
+
+def may_cut(recipe: Recipe, method: Method) -> bool:
+    """Tell whether a micro-batch may take several passes: not where an engine counts backward passes."""
+    return recipe.backend.name == "single" and not method.whole_batches
 
 
 def cut(rows: Sequence[EncodedRow], tokens: int | None) -> list[Sequence[EncodedRow]]:

@@ -56,7 +56,7 @@ def test_every_advice_is_the_plan_of_that_change(path):
     report = check(load_recipe(path), device="cuda", memory="1KB", preview_rows=0)
     changes = {a.change: a.total for a in report.advice}
     assert "train.gradient_checkpointing=true" in changes
-    assert "train.batch_size=1 train.gradient_accumulation=8" in changes
+    assert any(change.startswith("train.tokens_per_pass=") for change in changes)
     assert any(change.startswith("data.max_length=") or "bfloat16" in change for change in changes)
     totals = [a.total for a in report.advice]
     *single, together = totals
@@ -65,15 +65,30 @@ def test_every_advice_is_the_plan_of_that_change(path):
         assert total(path, *change.split()) == size < report.plan.total
 
 
+def advice(path, memory, *overrides):
+    report = check(load_recipe(path, overrides), device="cuda", memory=str(memory), preview_rows=0)
+    return [a.change for a in report.advice]
+
+
 def test_advice_stops_at_what_is_enough(path):
-    four, two = (total(path, f"train.batch_size={n}", f"train.gradient_accumulation={8 // n}") for n in (4, 2))
-    assert two < four
-    changes = [a.change for a in check(load_recipe(path), device="cuda", memory=str(four), preview_rows=0).advice]
-    assert "train.batch_size=4 train.gradient_accumulation=2" in changes
-    report = check(load_recipe(path), device="cuda", memory=str(four - 1), preview_rows=0)
-    assert "train.batch_size=2 train.gradient_accumulation=4" in [a.change for a in report.advice]
-    assert not any("batch_size" in a.change and "checkpointing" in a.change for a in report.advice)
+    tokens = [
+        int(c.split("=")[1]) for c in advice(path, "1KB") if c.startswith("train.tokens_per_pass=") and " " not in c
+    ]
+    longest = tokens[0]  # nothing is enough: a row a pass
+    half, quarter = (total(path, f"train.tokens_per_pass={8 * longest >> i}") for i in (1, 2))
+    assert quarter < half
+    assert f"train.tokens_per_pass={8 * longest >> 1}" in advice(path, half)
+    report = check(load_recipe(path), device="cuda", memory=str(half - 1), preview_rows=0)
+    assert f"train.tokens_per_pass={8 * longest >> 2}" in [a.change for a in report.advice]
+    assert not any("per_pass" in a.change and "checkpointing" in a.change for a in report.advice)
     assert report.verdict[0].startswith("the plan takes ") and any(line.endswith("(fits)") for line in report.verdict)
+
+
+def test_through_an_engine_it_is_smaller_micro_batches(path):
+    engine = ("backend.name=deepspeed", "backend.config=configs/deepspeed/zero2.json")
+    changes = advice(path, "1KB", *engine)
+    assert "train.batch_size=1 train.gradient_accumulation=8" in changes
+    assert not any("per_pass" in change for change in changes)
 
 
 def test_what_fits_needs_no_advice(path):
