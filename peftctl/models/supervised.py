@@ -25,8 +25,9 @@ from peftctl.models.classifier import classification_task
 IGNORED = -100
 _UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
 """Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
-_CHUNK = 1024
-"""Rows of logits that are widened to float32 at a time."""
+_CHUNK = {"cpu": 1 << 20}
+"""Kind of device -> logits that are widened to float32 at a time: on CPUs as many as the caches hold."""
+_CHUNK_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
         sums, targets = [], []
-        for rows, its_labels in zip(logits.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        size = _chunk(logits)
+        for rows, its_labels in zip(logits.split(size), labels.split(size), strict=True):
             wide = _wide(rows)
             sums.append(torch.logsumexp(wide, dim=-1))
             target = wide.gather(1, its_labels[:, None])[:, 0]
@@ -183,9 +185,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         logits, labels, log_sums = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for first in range(0, len(logits), _CHUNK):
-            rows = slice(first, first + _CHUNK)
-            chunk = (_wide(logits[rows]) - log_sums[rows, None]).exp_()
+        size = _chunk(logits)
+        for first in range(0, len(logits), size):
+            rows = slice(first, first + size)
+            chunk = _wide(logits[rows], copy=True).sub_(log_sums[rows, None]).exp_()
             if ctx.smoothing:
                 chunk.sub_(ctx.smoothing / logits.shape[1])
             chunk.scatter_add_(1, labels[rows, None], torch.full_like(log_sums[rows, None], ctx.smoothing - 1.0))
@@ -193,5 +196,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
-def _wide(rows: torch.Tensor) -> torch.Tensor:
-    return rows if rows.dtype == torch.float64 else rows.float()
+def _wide(rows: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy)
+
+
+def _chunk(logits: torch.Tensor) -> int:
+    """Return how many rows of logits are widened at a time."""
+    return max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // logits.shape[1])

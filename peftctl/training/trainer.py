@@ -25,6 +25,7 @@ from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import EncodedRow
 from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
+from peftctl.models.short_attention import short_rows
 from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
@@ -156,7 +157,7 @@ class MethodTrainer(SelectingTrainer):
         losses = []
         for i, one in enumerate(inputs):
             self.share = rows[i] / sum(rows)
-            with nullcontext() if i == len(inputs) - 1 else self.accelerator.no_sync(model):
+            with short_rows(), nullcontext() if i == len(inputs) - 1 else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, one, num_items_in_batch))
         return torch.stack(losses).sum()
 
