@@ -60,7 +60,7 @@ class Config(BottleneckKeys):
     def _keys_have_a_reader(self) -> Config:
         unread = {"drop": self.mode == "robust", "max_drop": self.mode == "fixed", "eval_drop": self.mode == "fixed"}
         for key, ignored in unread.items():
-            if ignored and key in self.model_fields_set and getattr(self, key) is not None:
+            if ignored and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"{key}: mode: {self.mode} does not read it; `drop` is fixed's, `max_drop` and `eval_drop` robust's"
                 )

@@ -50,7 +50,8 @@ def attend(
         query: (batch, heads, seq, d).
         key: (batch, h_kv, seq, d).
         value: (batch, h_kv, seq, d_v).
-        attention_mask: (batch or 1, 1, seq, seq), True or 0 where a key is seen; None masks the future in causal layers.
+        attention_mask: (batch or 1, 1, seq, seq), True or 0 where a key is seen; None masks the future in causal
+            layers.
         dropout: Of the attention's weights.
         scaling: s; None takes 1 / sqrt(d).
         is_causal: Whether the layer is; None asks the module.
@@ -60,9 +61,7 @@ def attend(
         (batch, seq, heads, d_v), and no weights.
     """
     if dropout or options.get("position_bias") is not None or not _faster(query, key, attention_mask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         length = query.shape[2]
         attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril_()

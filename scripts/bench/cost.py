@@ -71,9 +71,9 @@ def points(axis: str, plain: Work, names: list[str]) -> Iterator[tuple[str, Work
         for rank in (4, 8, 16, 64, 256):
             yield str(rank), replace(plain, overrides=(f"method.r={rank}", f"method.alpha={2 * rank}"))
     elif axis == "drop":
-        fixed = ("method.mode=fixed", "method.eval_drop=null")
         for drop in (0, 10, 20, 29):
-            yield str(drop), replace(plain, recipe="adapter_drop", overrides=(*fixed, f"method.drop={drop}"))
+            overrides = ("method.mode=fixed", f"method.drop={drop}")
+            yield str(drop), replace(plain, recipe="adapter_drop", overrides=overrides)
     else:
         for name in names or language_methods():
             yield name, replace(plain, recipe=name)
