@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -11,15 +10,14 @@ from typing import Literal
 
 import torch
 
+from peftctl.backends.heap import keep_memory
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _PROCESS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of <malloc.h>."""
-_MOST = 2**31 - 1
 
 
 def current_device() -> torch.device:
@@ -103,27 +101,11 @@ def start_process(*, deepspeed: bool = False) -> None:
         deepspeed: Whether it trains through DeepSpeed.
     """
     set_threads()
-    keep_freed_memory()
+    keep_memory()
     if not deepspeed:
         leave_deepspeed_out()
     elif not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones, where tensors live in main memory.
-
-    It gives every large block back to the system at once, which then hands out and clears its pages anew: a sixth of
-    the time of a step on CPUs.
-    """
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        return
-    mallopt(_M_MMAP_THRESHOLD, _MOST)
-    mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
 def leave_deepspeed_out() -> None:

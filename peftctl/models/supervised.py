@@ -25,9 +25,8 @@ from peftctl.models.classifier import classification_task
 IGNORED = -100
 _UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
 """Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
-_CHUNK = {"cpu": 1 << 20}
-"""Kind of device -> logits that are widened to float32 at a time: on CPUs as many as the caches hold."""
-_CHUNK_ELSEWHERE = 1 << 26
+CHUNK = {"cpu": 1 << 20, "gpu": 1 << 24}
+"""Logits that are widened to float32 at a time: on CPUs as many as the caches hold."""
 
 
 @dataclass(frozen=True)
@@ -202,4 +201,4 @@ def _wide(rows: torch.Tensor, copy: bool = False) -> torch.Tensor:
 
 def _chunk(logits: torch.Tensor) -> int:
     """Return how many rows of logits are widened at a time."""
-    return max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // logits.shape[1])
+    return max(1, CHUNK["cpu" if logits.device.type == "cpu" else "gpu"] // logits.shape[1])

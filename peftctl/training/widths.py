@@ -13,6 +13,7 @@ import torch
 from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.errors import UsageError
+from peftctl.models.supervised import CHUNK
 from peftctl.recipe.schema import Recipe
 from peftctl.training.passes import cut
 from peftctl.training.step_bytes import StepBytes, StepSettings, stacks
@@ -110,7 +111,7 @@ def step_bytes_by_widths(model: Any, batch: Mapping[str, torch.Tensor], settings
     """Estimate the bytes of a step of a model that can't be run here, as those of a Llama of its widths.
 
     A gated block keeps two norms in float32 with their outputs; query, key, value and output; and four tensors of the
-    feed-forward part. The logits, their gradient and a float32 piece of 1024 rows come on top.
+    feed-forward part. The logits, their gradient and a piece of them in float32 come on top.
 
     Raises:
         UsageError: The configuration's widths can't be read.
@@ -122,8 +123,11 @@ def step_bytes_by_widths(model: Any, batch: Mapping[str, torch.Tensor], settings
     block = tokens * (2 * size.hidden * (4 + compute) + 4 * size.hidden * compute + 4 * size.feed_forward * compute)
     boundary = tokens * size.hidden * compute
     activations = block + size.layers * boundary if settings.checkpointing else size.layers * block
-    logits = size.vocabulary * (2 * positions * compute + 2 * 4 * min(positions, 1024))
+    logits = size.vocabulary * positions
+    widened = min(logits, CHUNK["gpu" if settings.on_gpu else "cpu"])
     gradients = (
         0 if settings.accumulates else sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     )
-    return StepBytes(activations=activations, logits=logits, gradients=gradients, heap=0)
+    return StepBytes(
+        activations=activations, logits=2 * logits * compute + 2 * widened * 4, gradients=gradients, heap=0
+    )

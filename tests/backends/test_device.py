@@ -1,8 +1,6 @@
 """Threads, memory and worlds, on whatever machine the tests run."""
 
 import os
-import platform
-import subprocess
 import sys
 
 import pytest
@@ -91,28 +89,3 @@ def test_available_memory(clean, tmp_path):
     assert device.available_memory_bytes("cpu") is None
     clean.setattr(torch.cuda, "is_available", lambda: False)
     assert device.available_memory_bytes("cuda") is None
-
-
-FAULTS = """
-import resource, sys, torch
-from peftctl.backends import device
-if sys.argv[1] == "kept":
-    device.keep_freed_memory()
-for _ in range(10):
-    torch.ones(10_000_000).sum()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(10_000_000).sum()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@LINUX
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors in main memory")
-def test_memory_of_freed_tensors_is_used_again():
-    def faults(how):
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert faults("kept") < faults("given back") / 5

@@ -27,6 +27,31 @@ print(libc.mallinfo2().hblkhd - before)
 """
 
 
+_FAULTS = """
+import ctypes, resource, sys
+from peftctl.backends import heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+if sys.argv[1] == "keep":
+    heap.keep_memory()
+
+def work():
+    blocks = [libc.malloc(30 * 2**20) for _ in range(4)]
+    for block in blocks:
+        libc.memset(block, 1, 30 * 2**20)
+    for block in blocks:
+        libc.free(block)
+
+for _ in range(5):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 @pytest.fixture
 def env(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
@@ -55,3 +80,16 @@ def test_the_limit_follows_the_environment(env):
     assert heap.heap_limit(spared=False) == heap.heap_limit(spared=True) == 65536
     env.setattr(heap, "_glibc", lambda: False)
     assert heap.heap_limit(spared=False) == 0
+
+
+@pytest.mark.skipif(not heap._glibc(), reason="another C library")
+def test_freed_memory_is_used_again(env):
+    def faults(how, **more):
+        done = subprocess.run(
+            [sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, env={**os.environ, **more}, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("keep") < 100
+    assert faults("plain") > 10_000
+    assert faults("keep", MALLOC_MMAP_THRESHOLD_="65536") > 10_000  # the user's word counts
