@@ -51,8 +51,12 @@ def set_threads() -> None:
     # `accelerate launch` and `torchrun` write a 1 there themselves, which would leave cores idle.
     by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and any(name in os.environ for name in _LAUNCHERS)
     if "OMP_NUM_THREADS" not in os.environ or by_launcher:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, _usable_cores() // here))
+        torch.set_num_threads(usable_cores())
+
+
+def usable_cores() -> int:
+    """Return the cores for this process, at least one: launched processes share those of their machine."""
+    return max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def reset_peak_memory() -> None:
@@ -119,7 +123,7 @@ def leave_deepspeed_out() -> None:
 
 
 def _usable_cores() -> int:
-    """Return the cores that affinity and a container's quota leave to this process."""
+    """Return the cores that affinity and a container's quota leave to processes like this one."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quota = _first_word(_CONTAINER / "cpu.max")
     if quota.isdigit():

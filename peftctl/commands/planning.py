@@ -11,6 +11,7 @@ from peftctl.backends import processes
 from peftctl.backends.heap import heap_limit
 from peftctl.commands.prepare import Prepared, as_trained, attach_to_shapes, fit_rows, head_of
 from peftctl.data.collate import Collator
+from peftctl.data.table import sizes_of
 from peftctl.errors import UsageError
 from peftctl.models.load import meta_model
 from peftctl.recipe.schema import Recipe
@@ -152,7 +153,7 @@ def _changes(ready: Prepared, machine: Machine) -> Iterator[list[_Change]]:
         yield [_Change({"train.gradient_checkpointing": True})]
     if recipe.quantization.bits != 4 and "4bit" in supports:
         yield [_Change({"quantization.bits": 4})]
-    longest = max(len(row.input_ids) for row in ready.train_rows)
+    longest = max(size.inputs for size in sizes_of(ready.train_rows))
     if may_cut(recipe, ready.method):
         whole = train.batch_size * longest
         tokens = min(whole, pass_tokens(recipe, ready.method, machine.kind) or whole)

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from peftctl.backends import processes
-from peftctl.backends.device import current_device, fast_dtype
+from peftctl.backends.device import current_device, fast_dtype, usable_cores
 from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_inputs, refuse_unfit_start
 from peftctl.data.classes import with_labels
 from peftctl.data.collate import Collator
-from peftctl.data.dataset import Examples, encode_all, fingerprint, load_examples, overlap
+from peftctl.data.dataset import Examples, encode_all, load_examples, overlap, training_rows
 from peftctl.data.encode import EncodedRow
 from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport
@@ -108,11 +108,14 @@ def prepare(
     examples = examples or load_examples(recipe.data, recipe.train.seed)
     method.prepare_tokenizer(tokenizer, examples.distinct, recipe)
     cache = cache_root()
-    train_rows, train_report = encode_all(examples.train, tokenizer, recipe.data, cache, recipe.model.task)
+    task, workers = recipe.model.task, usable_cores()
+    train_rows, train_report, data_fingerprint = training_rows(
+        examples, tokenizer, recipe.data, cache, task, recipe.train.seed, workers
+    )
     eval_rows: list[EncodedRow] = []
     eval_report = None
     if examples.eval:
-        eval_rows, eval_report = encode_all(examples.eval, tokenizer, recipe.data, cache, recipe.model.task)
+        eval_rows, eval_report = encode_all(examples.eval, tokenizer, recipe.data, cache, task, workers)
         refuse_leak(train_rows, eval_rows)
     return Prepared(
         recipe=recipe,
@@ -123,7 +126,7 @@ def prepare(
         eval_examples=examples.eval,
         train_report=train_report,
         eval_report=eval_report,
-        data_fingerprint=fingerprint(train_rows),
+        data_fingerprint=data_fingerprint,
         trainable=trainable,
         total=total,
         applied=applied,

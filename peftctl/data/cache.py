@@ -55,7 +55,7 @@ def cache_file(
     digest = hashlib.sha256()
     read = [task, data.format, data.template, data.max_length, data.loss_on, data.labels]
     code = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _CODE]
-    for part in (read, code, [version(name) for name in _LIBRARIES], _tokenizer_content(tokenizer)):
+    for part in (read, code, [version(name) for name in _LIBRARIES], tokenizer_content(tokenizer)):
         digest.update(json.dumps(part).encode())
     for example in examples:
         digest.update(json.dumps(_content(example)).encode())
@@ -136,7 +136,7 @@ def _content(example: Example) -> list[Any]:
     return [messages, example.tools, *texts, example.label, example.tokens, example.tags, example.wrong_answers]
 
 
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Return all of a tokenizer that tokens follow from."""
     if tokenizer.is_fast:
         model = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ def read_rows(paths: str | list[str]) -> list[Row]:
         problems.add("data", "expected at least one file, got an empty list")
     problems.raise_if_any()
     return rows
+
+
+def local_files(sources: Sequence[str | list[str]], problems: Problems) -> list[Path] | None:
+    """Return the files that sources stand for, in the order in which they are read; None where the hub has some."""
+    names = [name for source in sources for name in ([source] if isinstance(source, str) else source)]
+    if any(_is_hub_id(name) for name in names):
+        return None
+    return [file for name in names for file in _files(name, problems)]
 
 
 def _is_hub_id(source: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftctl.data.encode import EncodedRow
 from peftctl.methods.base import Method
 from peftctl.recipe.schema import Recipe
 
@@ -34,19 +33,18 @@ def may_cut(recipe: Recipe, method: Method) -> bool:
     return recipe.backend.name == "single" and not method.whole_batches
 
 
-def cut(rows: Sequence[EncodedRow], tokens: int | None) -> list[Sequence[EncodedRow]]:
+def cut(lengths: Sequence[int], tokens: int | None) -> list[slice]:
     """Cut rows into consecutive parts of at most so many tokens, padding included, but of a row at least.
 
     Args:
-        rows: Of a micro-batch, which come sorted by length; without rows there is one part without any.
+        lengths: Tokens of the rows of a micro-batch, which come sorted by them; without rows there is one empty part.
         tokens: None leaves them together.
     """
-    parts: list[list[EncodedRow]] = [[]]
-    widest = 0
-    for row in rows:
-        widest = max(widest, row.tokens)
-        if tokens and parts[-1] and (len(parts[-1]) + 1) * widest > tokens:
-            parts.append([])
-            widest = row.tokens
-        parts[-1].append(row)
-    return list(parts)
+    parts: list[slice] = []
+    first = widest = 0
+    for i, length in enumerate(lengths):
+        widest = max(widest, length)
+        if tokens and i > first and (i + 1 - first) * widest > tokens:
+            parts.append(slice(first, i))
+            first, widest = i, length
+    return [*parts, slice(first, len(lengths))]

@@ -23,6 +23,7 @@ from peftctl.backends import device as devices
 from peftctl.backends import processes
 from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import EncodedRow
+from peftctl.data.table import sizes_of
 from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
 from peftctl.models.short_attention import short_rows
@@ -111,7 +112,7 @@ class MethodTrainer(SelectingTrainer):
         """Return batches of rows of similar length; order and grouping follow from (seed, epoch, global batch)."""
         train = self.stage.recipe.train
         sampler = GroupedBatches(
-            [row.tokens for row in self.stage.train_rows],
+            [size.tokens for size in sizes_of(self.stage.train_rows)],
             batch_size=train.batch_size,
             accumulation=train.gradient_accumulation,
             seed=train.seed,
@@ -129,7 +130,8 @@ class MethodTrainer(SelectingTrainer):
     def _collate(self, rows: Sequence[EncodedRow]) -> list[dict[str, torch.Tensor]]:
         """Make a micro-batch, a batch for each pass, and remember where its rows come from."""
         self.step_rows += [row.where for row in rows]
-        return [self.stage.collate(part) for part in cut(rows, self.pass_tokens)]
+        parts = cut([row.tokens for row in rows], self.pass_tokens)
+        return [self.stage.collate(rows[part]) for part in parts]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return this process's micro-batches of one optimizer step, and the supervised tokens of all processes'."""

@@ -12,6 +12,7 @@ import torch
 
 from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import IGNORED, EncodedRow
+from peftctl.data.table import sizes_of
 from peftctl.errors import UsageError
 from peftctl.models.supervised import CHUNK
 from peftctl.recipe.schema import Recipe
@@ -77,15 +78,15 @@ def widest_rows(
         The rows, and whether they are less than their micro-batch.
     """
     train = recipe.train
-    lengths = [len(row.input_ids) for row in rows]
+    sizes = sizes_of(rows)
+    lengths = [size.inputs for size in sizes]
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     blocks = sum(len(stack) for stack in stacks(model))
     kept = hidden * blocks * (1 if train.gradient_checkpointing else 16)
 
-    def need(part: Sequence[EncodedRow]) -> int:
-        width = len(part) * max(len(row.input_ids) for row in part)
-        supervised = sum(label != IGNORED for row in part for label in row.labels)
-        return width * kept + 2 * vocabulary * supervised
+    def need(part: Sequence[int]) -> int:
+        width = len(part) * max(sizes[i].inputs for i in part)
+        return width * kept + 2 * vocabulary * sum(sizes[i].supervised for i in part)
 
     # Neighbours in length are dealt to the processes in order, the longest to the last.
     sampler = GroupedBatches(
@@ -94,11 +95,10 @@ def widest_rows(
     epochs = _EPOCHS if train.max_steps else min(math.ceil(train.epochs), _EPOCHS)
     micro_steps = train.max_steps * train.gradient_accumulation if train.max_steps else None
     batches = itertools.islice(_epochs(sampler, epochs), micro_steps)
-    micro_batches = (cut([rows[i] for i in batch], tokens) for batch in batches if batch)
-    widest, several = max(
-        ((part, len(parts) > 1) for parts in micro_batches for part in parts), key=lambda p: need(p[0])
-    )
-    return list(widest), several
+    micro_batches = ((batch, cut([sizes[i].tokens for i in batch], tokens)) for batch in batches if batch)
+    passes = ((batch[part], len(parts) > 1) for batch, parts in micro_batches for part in parts)
+    widest, several = max(passes, key=lambda one: need(one[0]))
+    return [rows[i] for i in widest], several
 
 
 def _epochs(sampler: GroupedBatches, epochs: int) -> Iterable[list[int]]:
