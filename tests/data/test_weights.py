@@ -172,7 +172,7 @@ def test_all_sources_with_problems_are_named(tmp_path, files):
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "Hi"}])
     sources = [{"path": bad}, {"path": files[1]}, {"path": files[1], "columns": {"prompt": "question"}}]
     with pytest.raises(DataError) as error:
-        load_examples(section(train=None, sources=sources, format="prompt_completion"), 0)
+        list(load_examples(section(train=None, sources=sources, format="prompt_completion"), 0).train)
     text = str(error.value)
     assert "bad.jsonl:1: field 'completion' is missing" in text
     assert "map it with data.sources[1].columns {prompt: ...}" in text
