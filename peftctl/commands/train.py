@@ -34,6 +34,7 @@ from peftctl.evaluation.evaluate import evaluate_rows
 from peftctl.methods.base import Context
 from peftctl.models.quantize import parameter_count
 from peftctl.recipe.schema import Recipe
+from peftctl.training.active import active
 from peftctl.training.checkpoints import Whole, restore
 from peftctl.training.memory import spares_memory
 from peftctl.training.report import loss_curve
@@ -206,6 +207,9 @@ class _Run:
             f"{self.recipe.method.name}: {self.trainable:,} of {self.total:,} parameters train "
             f"({self.trainable / self.total:.2%}) on {self.device}"
         )
+        self.active = [] if not self.trainable else list(active(self.recipe, self.method, model, self.device.type))
+        if self.active:
+            self.reporter.notice(f"steps: {'; '.join(self.active)}")
         return model
 
     def _calibrate(self, model: Any) -> None:
@@ -305,6 +309,7 @@ class _Run:
             "method": self.recipe.method.name,
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
+            "active": self.active,
             "steps": trained.steps,
             "train_tokens": trained.train_tokens,
             "supervised_tokens": trained.supervised_tokens,

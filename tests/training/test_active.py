@@ -1,0 +1,46 @@
+"""What a run says about its steps is what they do."""
+
+import pytest
+
+import peftctl
+from peftctl.models import short_attention
+from peftctl.models.short_attention import Products
+from tests import tiny
+from tests.training.helpers import train, workload
+
+
+def said(*overrides, dtype="float32", device="cpu", model=None):
+    from peftctl.methods import lora
+    from peftctl.training.active import active
+
+    recipe = peftctl.load_recipe("lora", ["data.eval=null", f"model.dtype={dtype}", *overrides])
+    model = tiny.tiny_llama(dtype=dtype) if model is None else model
+    return list(active(recipe, lora.Method(recipe.method), model, device))
+
+
+ATTENTION = f"rows of up to {short_attention.LONGEST:,} tokens attend by matrix products"
+
+
+def test_it_names_what_the_recipe_leaves_on():
+    plain = ["logits at supervised positions", "rows of similar length together", "passes of 1,024 tokens"]
+    assert said() == [*plain, "fused AdamW"]
+    assert said("train.tokens_per_pass=300", "train.optimizer=sgd") == [*plain[:2], "passes of 300 tokens"]
+    assert said("train.gradient_checkpointing=true")[-1] == "gradient checkpointing"
+    assert "passes" not in str(said(device="cuda"))
+
+
+def test_attention_by_products_is_named_where_it_serves():
+    assert ATTENTION in said(dtype="bfloat16")
+    assert ATTENTION not in said(dtype="bfloat16", device="cuda")
+    eager = tiny.tiny_llama(dtype="bfloat16")
+    eager.set_attn_implementation("eager")
+    assert ATTENTION not in said(dtype="bfloat16", model=eager)
+
+
+@pytest.mark.parametrize(("dtype", "serves"), [("bfloat16", True), ("float32", False)])
+def test_the_trainer_attends_by_products_where_it_is_named(dtype, serves, tmp_path, monkeypatch):
+    calls = []
+    apply = Products.apply
+    monkeypatch.setattr(Products, "apply", lambda *args: calls.append(1) or apply(*args))
+    train(workload(tmp_path, dtype=dtype), model=tiny.tiny_llama(dtype=dtype))
+    assert bool(calls) == serves
