@@ -131,15 +131,21 @@ class _Lists:
 
 
 def table_file(root: Path, data: DataSection, tokenizer: PreTrainedTokenizerBase, task: Task, seed: int) -> Path | None:
-    """Return where the training rows of a section are kept; None where they are not worth it, or come from the hub."""
+    """Return where the training rows of a section are kept.
+
+    None where they are not worth it, come from the hub, or can't be read, which whoever reads them will tell.
+    """
     places = [data.train] if data.sources is None else [source.path for source in data.sources]
     files = local_files([place for place in places if place is not None], Problems())
-    if files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
-        return None
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    try:
+        if files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+            return None
+        for file in files:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    except OSError:
+        return None
     sources = sorted(Path(__file__).parent.glob("*.py"))
     code = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
     versions = [version(name) for name in _LIBRARIES]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
@@ -58,8 +60,12 @@ def _by_processes(examples: Sequence[Example], encoder: RowEncoder, count: int) 
         with warnings.catch_warnings():
             # These processes run none of the libraries whose threads the warning is about.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            with ProcessPoolExecutor(count, get_context("fork")) as pool:
+            # Ctrl-C is for the process that started them, which lets them end.
+            ignore = (signal.SIGINT, signal.SIG_IGN)
+            with ProcessPoolExecutor(count, get_context("fork"), signal.signal, ignore) as pool:
                 return list(pool.map(_encode_part, range(0, len(examples), _PART)))
+    except BrokenProcessPool:  # the system has ended one, most likely for its memory
+        return [_encode(examples, encoder)]
     finally:
         _work = None
         os.environ.pop(_PARALLELISM)

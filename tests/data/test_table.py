@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -208,3 +209,28 @@ def test_examples_are_read_late(tmp_path):
     assert examples.eval == []
     with pytest.raises(DataError, match="no such file"):
         len(examples.train)
+
+
+def test_a_file_that_can_not_be_hashed_is_left_to_its_reader(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "LEAST_BYTES", 0)
+    data = section(tmp_path)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(table.hashlib, "file_digest", refuse)
+    assert table_file(tmp_path, data, tiny_tokenizer(), "causal_lm", 0) is None
+
+
+def test_without_one_of_the_processes_the_others_work_is_done_here(tmp_path, monkeypatch):
+    data = section(tmp_path)
+    examples = load_examples(data, 0).train
+    alone, _ = encode_all(examples, tiny_tokenizer(), data)
+    monkeypatch.setattr(workers, "LEAST_EXAMPLES", 10)
+    monkeypatch.setattr(workers, "_encode_part", die)
+    together, _ = encode_all(examples, tiny_tokenizer(), data, workers=2)
+    assert together == alone
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
