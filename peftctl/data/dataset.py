@@ -159,14 +159,15 @@ def training_rows(
 
         file = table.table_file(cache, data, tokenizer, task, seed)
         if file is not None and (found := table.read(file)) is not None:
-            refuse(found.report, data)
-            return found, found.report, found.fingerprint
+            known = found.report
+            refuse(known, data)
+            return found, known, found.fingerprint
     if file is None or any(example.wrong_answers for example in examples.train):
         rows, found_report = encode_all(examples.train, tokenizer, data, cache, task, workers)
         return rows, found_report, fingerprint(rows)
     rows, found_report = encode_all(examples.train, tokenizer, data, None, task, workers)
     keys = list(map(_key, rows))
-    mark = hashlib.sha256(b"".join(keys)).hexdigest()
+    mark = _digest(keys)
     table.write(file, rows, found_report, mark, keys)
     return table.read(file) or rows, found_report, mark
 
@@ -243,11 +244,7 @@ def _encoded(
 
 def fingerprint(rows: Iterable[EncodedRow]) -> str:
     """Return the sha256, in hex, of the tokens and labels of all rows in their order, wrong answers included."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for each in (row, *row.wrong):
-            digest.update(_key(each))
-    return digest.hexdigest()
+    return _digest(_key(each) for row in rows for each in (row, *row.wrong))
 
 
 def overlap(train_rows: Sequence[EncodedRow], eval_rows: Iterable[EncodedRow]) -> int:
@@ -261,3 +258,11 @@ def overlap(train_rows: Sequence[EncodedRow], eval_rows: Iterable[EncodedRow]) -
 def _key(row: EncodedRow) -> bytes:
     """Return a digest of tokens and labels."""
     return hashlib.sha256(repr((row.input_ids, row.labels)).encode()).digest()
+
+
+def _digest(keys: Iterable[bytes]) -> str:
+    """Return one digest of those of rows."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key)
+    return digest.hexdigest()
