@@ -8,6 +8,9 @@ A classifier names a class of a row (`seq_cls`) or of each word at its first pie
 The logits of the other positions do not enter the loss, so leaving them out changes neither the loss nor a gradient; it
 saves their share of the head's matrix product and of (batch x seq x vocab) memory. A pre-hook on the output
 embeddings picks the rows, so the model's own code (a LoRA on the head, soft-capping, logit scales) runs unchanged.
+
+Where the head is a frozen matrix, and the model hands its output on as it is, the head waits: the cross-entropy makes
+logits and their gradient a piece at a time and keeps neither. A loss that asks for the logits gets them.
 """
 
 from __future__ import annotations
@@ -15,18 +18,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from peftctl.errors import UsageError
 from peftctl.models.classifier import classification_task
+from peftctl.models.cross_entropy import HeadCrossEntropy, SummedCrossEntropy
 
 IGNORED = -100
 _UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
 """Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
-CHUNK = {"cpu": 1 << 20, "gpu": 1 << 24}
-"""Logits that are widened to float32 at a time: on CPUs as many as the caches hold."""
+_FOLLOWED: WeakSet[torch.nn.Module] = WeakSet()
+"""Heads whose logits the model's code changes afterwards: soft-capping, scales."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,57 @@ class Supervised:
 
     def cross_entropy(self) -> torch.Tensor:
         """Return the scalar sum of cross-entropies, in float32 or wider; 0, still with a graph, where n is 0."""
-        return _SummedCrossEntropy.apply(self.logits, self.labels, self.smoothing)
+        return SummedCrossEntropy.apply(self.logits, self.labels, self.smoothing)
 
     def correct(self) -> torch.Tensor:
         """Return the scalar number of labels that have the highest logit."""
         return (self.logits.argmax(dim=-1) == self.labels).sum()
 
 
-def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: Any = None) -> Supervised:
+class _BeforeHead(Supervised):
+    """The same with a head that waits; with logits, as `dataclasses.replace` gives them, it is like any other.
+
+    Args:
+        logits: None lets (n, vocab) logits be made when they are asked for.
+        labels: (n,).
+        smoothing: ε.
+        head: A frozen matrix.
+        states: (n, d), what the head is applied to.
+    """
+
+    head: torch.nn.Linear
+    states: torch.Tensor
+
+    def __init__(
+        self,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        smoothing: float = 0.0,
+        head: torch.nn.Linear | None = None,
+        states: torch.Tensor | None = None,
+    ):
+        made = {} if logits is None else {"logits": logits}
+        vars(self).update(labels=labels, smoothing=smoothing, head=head, states=states, **made)
+
+    @cached_property
+    def logits(self) -> torch.Tensor:  # type: ignore[override]
+        """Return (n, vocab), with a graph."""
+        return self.head(self.states)
+
+    def cross_entropy(self) -> torch.Tensor:
+        if "logits" in vars(self):
+            return super().cross_entropy()
+        return HeadCrossEntropy.apply(self.states, self.head.weight, self.head.bias, self.labels, self.smoothing)
+
+
+def supervised_forward(
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    wrapper: Any = None,
+    *,
+    smoothing: float = 0.0,
+    lean: bool = True,
+) -> Supervised:
     """Run a model and return its logits at supervised positions.
 
     Token 0 of a row is never supervised in a causal model, whatever its label: there is nothing to predict it from.
@@ -64,6 +113,8 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: A
             an encoder-decoder have a length of their own and are padded on the right; those of `seq_cls` stand in the
             first column. Further fields are passed on, but for wrong answers.
         wrapper: What to call in place of the model: the engine around it that several processes train through.
+        smoothing: ε of the result.
+        lean: Let the head wait where it can. Only where no engine around the model counts passes or divides weights.
 
     Returns:
         n = `count_supervised(model, labels)`.
@@ -75,24 +126,75 @@ def supervised_forward(model: Any, batch: Mapping[str, torch.Tensor], wrapper: A
     places = _Places(row, position, labels.shape[1])
     inputs = {name: value for name, value in batch.items() if name not in _UNREAD}
     if classification_task(model):
-        return _classified(model, wrapper or model, inputs, labels, places)
+        return _classified(model, wrapper or model, inputs, labels, places, smoothing)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-    with _rows_before_head(model, places) as hooked:
+    head = _frozen_matrix(model) if lean else None
+    if head is not None and (found := _states(model, inputs, places, head)) is not None:
+        return _BeforeHead(None, predicted[row, position].to(found.device), smoothing, head, found)
+    with _rows_before_head(model, places) as happened:
         logits = (wrapper or model)(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
-    chosen = logits.squeeze(0) if hooked else places.pick(logits)
-    return Supervised(chosen, predicted[row, position].to(chosen.device))
+    chosen = logits.squeeze(0) if happened else places.pick(logits)
+    return Supervised(chosen, predicted[row, position].to(chosen.device), smoothing)
+
+
+def _frozen_matrix(model: Any) -> torch.nn.Linear | None:
+    """Return the model's head if nothing but its product with a frozen matrix happens in it, and gradients flow."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head._forward_hooks or "forward" in vars(head):
+        return None
+    trains = any(p.requires_grad for p in head.parameters()) or not torch.is_grad_enabled()
+    return None if trains or torch.is_autocast_enabled(head.weight.device.type) else head
+
+
+def _states(
+    model: Any, inputs: Mapping[str, torch.Tensor], places: _Places, head: torch.nn.Linear
+) -> torch.Tensor | None:
+    """Return what the head would get, (n, d); None where the model changes logits after the head."""
+    if head in _FOLLOWED:
+        return None
+    random = _random_state(head.weight.device)
+    given: list[tuple[torch.Tensor, int]] = []
+
+    def hand_on(states: torch.Tensor) -> torch.Tensor:
+        given.append((states, states._version))
+        return states
+
+    head.forward = hand_on  # type: ignore[method-assign, assignment]
+    logits, happened = None, list[bool]()
+    try:
+        with _rows_before_head(model, places) as happened:
+            logits = model(**inputs, use_cache=False).logits
+    except RuntimeError:  # what follows wants (n, vocab); any other cause comes again from the plain pass
+        pass
+    finally:
+        del head.forward
+    if happened and len(given) == 1 and given[0][0] is logits and given[0][1] == logits._version:
+        return logits.squeeze(0)
+    _FOLLOWED.add(head)
+    _set_random_state(head.weight.device, random)  # the pass that comes in its place draws the same numbers
+    return None
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _classified(
-    model: Any, called: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, places: _Places
+    model: Any, called: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, places: _Places, smoothing: float
 ) -> Supervised:
     """Return the logits of the rows, or of the first pieces of words, that have a class."""
     cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     logits = called(**inputs, **cached).logits
     chosen = logits[places.row.to(logits.device)] if logits.dim() == 2 else places.pick(logits)
-    return Supervised(chosen, labels[places.row, places.position].to(chosen.device))
+    return Supervised(chosen, labels[places.row, places.position].to(chosen.device), smoothing)
 
 
 def count_supervised(model: Any, labels: torch.Tensor) -> int:
@@ -156,49 +258,3 @@ def _rows_before_head(model: Any, places: _Places) -> Iterator[list[bool]]:
     finally:
         if handle is not None:
             handle.remove()
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Σ logsumexp(z) - (1-ε) z[label] - ε mean(z): the cross-entropy to (1-ε) onehot(label) + ε uniform.
-
-    Label smoothing as in Szegedy et al. 2015 (arXiv 1512.00567), section 7. dz = softmax(z) - (1-ε) onehot(label) -
-    ε/vocab, so that the backward pass keeps (n,) log-sums instead of a float32 copy of the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-        sums, targets = [], []
-        size = _chunk(logits)
-        for rows, its_labels in zip(logits.split(size), labels.split(size), strict=True):
-            wide = _wide(rows)
-            sums.append(torch.logsumexp(wide, dim=-1))
-            target = wide.gather(1, its_labels[:, None])[:, 0]
-            targets.append(target if not smoothing else target.lerp(wide.mean(dim=-1), smoothing))
-        log_sums = torch.cat(sums)
-        ctx.save_for_backward(logits, labels, log_sums)
-        ctx.smoothing = smoothing
-        return (log_sums - torch.cat(targets)).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        logits, labels, log_sums = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        size = _chunk(logits)
-        for first in range(0, len(logits), size):
-            rows = slice(first, first + size)
-            chunk = _wide(logits[rows], copy=True).sub_(log_sums[rows, None]).exp_()
-            if ctx.smoothing:
-                chunk.sub_(ctx.smoothing / logits.shape[1])
-            chunk.scatter_add_(1, labels[rows, None], torch.full_like(log_sums[rows, None], ctx.smoothing - 1.0))
-            gradient[rows] = chunk.mul_(upstream)
-        return gradient, None, None
-
-
-def _wide(rows: torch.Tensor, copy: bool = False) -> torch.Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy)
-
-
-def _chunk(logits: torch.Tensor) -> int:
-    """Return how many rows of logits are widened at a time."""
-    return max(1, CHUNK["cpu" if logits.device.type == "cpu" else "gpu"] // logits.shape[1])

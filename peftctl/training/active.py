@@ -7,6 +7,7 @@ from typing import Any
 
 from peftctl.methods.base import Method
 from peftctl.models import short_attention
+from peftctl.models.lean_blocks import lean_forwards
 from peftctl.recipe.schema import CLASSIFICATION, Recipe
 from peftctl.training.passes import pass_tokens
 from peftctl.training.precision import autocast_type
@@ -30,6 +31,8 @@ def active(recipe: Recipe, method: Method, model: Any, device: str) -> Iterator[
     computes = autocast_type(recipe, method) or str(model.dtype).removeprefix("torch.")
     if device == "cpu" and kernel == "sdpa" and computes == "bfloat16":
         yield f"rows of up to {short_attention.LONGEST:,} tokens attend by matrix products"
+    if device == "cpu" and (lean := lean_forwards(model)):
+        yield f"{len(lean)} norms and gated parts keep less"
     if recipe.train.optimizer == "adamw":
         yield "fused AdamW"
     if recipe.train.gradient_checkpointing:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftctl.models.lean_blocks import lean_blocks, lean_forwards
 from peftctl.models.supervised import supervised_forward
 from peftctl.training.stand_ins import fake_tensors, fused_dropout, quantised_layers
 
@@ -64,6 +65,7 @@ class StepSettings:
         compute: Type that these are multiplied in.
         on_gpu: Count a GPU's kernels where they keep less.
         heap_limit: Bytes below which the allocator keeps a tensor in its heap.
+        alone: No engine stands around the model.
     """
 
     loss: Callable[..., dict[str, torch.Tensor]]
@@ -74,6 +76,7 @@ class StepSettings:
     compute: torch.dtype = torch.bfloat16
     on_gpu: bool = False
     heap_limit: int = 0
+    alone: bool = True
 
 
 def step_bytes(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSettings) -> StepBytes:
@@ -152,9 +155,11 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSett
             stack.callback(handle.remove)
         if settings.on_gpu:
             stack.enter_context(fused_dropout())
+        else:
+            stack.enter_context(lean_blocks(lean_forwards(model)))
         stack.enter_context(ledger)
         with torch.autocast("cpu", settings.autocast or torch.bfloat16, enabled=settings.autocast is not None):
-            parts = settings.loss(model, batch, lambda rows: supervised_forward(model, rows))
+            parts = settings.loss(model, batch, lambda rows: supervised_forward(model, rows, lean=settings.alone))
             loss = torch.stack(list(parts.values())).sum()
         del parts
         ledger.watch_last_block()

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from peftctl.data.encode import EncodedRow
 from peftctl.data.table import sizes_of
 from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
+from peftctl.models.lean_blocks import lean_blocks, lean_forwards
 from peftctl.models.short_attention import short_rows
 from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
@@ -105,6 +105,7 @@ class MethodTrainer(SelectingTrainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        self.lean = lean_forwards(model) if devices.current_device().type == "cpu" else []
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class MethodTrainer(SelectingTrainer):
         losses = []
         for i, one in enumerate(inputs):
             self.share = rows[i] / sum(rows)
-            with short_rows(), nullcontext() if i == len(inputs) - 1 else self.accelerator.no_sync(model):
+            sync = nullcontext() if i == len(inputs) - 1 else self.accelerator.no_sync(model)
+            with short_rows(), lean_blocks(self.lean), sync:
                 losses.append(super().training_step(model, one, num_items_in_batch))
         return torch.stack(losses).sum()
 
@@ -183,7 +185,8 @@ class MethodTrainer(SelectingTrainer):
         """Run the model as in training, which evaluation never does: with noise and smoothed labels."""
         train = self.stage.recipe.train
         with noisy_embeddings(self.model, batch["attention_mask"], train.neftune_noise):
-            result = replace(supervised_forward(self.model, batch, model), smoothing=train.label_smoothing)
+            alone = model is self.model  # nothing around it waits for all outputs
+            result = supervised_forward(self.model, batch, model, smoothing=train.label_smoothing, lean=alone)
         self.engine.forward_ends()
         return result
 

@@ -14,7 +14,7 @@ from peftctl.data.batching import GroupedBatches
 from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.data.table import sizes_of
 from peftctl.errors import UsageError
-from peftctl.models.supervised import CHUNK
+from peftctl.models.cross_entropy import CHUNK
 from peftctl.recipe.schema import Recipe
 from peftctl.training.passes import cut
 from peftctl.training.step_bytes import StepBytes, StepSettings, stacks

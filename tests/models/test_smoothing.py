@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from peftctl.models import supervised
+from peftctl.models import cross_entropy
 from peftctl.models.supervised import Supervised
 
 
@@ -17,7 +17,7 @@ def logits_and_labels(n, vocab, dtype=torch.float64, scale=5.0):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.75])
 @pytest.mark.parametrize(("n", "chunk"), [(1, 1 << 20), (7, 1 << 20), (2500, 2000), (3, 5)])
 def test_loss_and_gradient_equal_torch(n, chunk, smoothing, monkeypatch):
-    monkeypatch.setitem(supervised.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(cross_entropy.CHUNK, "cpu", chunk)
     logits, labels = logits_and_labels(n, 11)
     loss = Supervised(logits, labels, smoothing).cross_entropy()
     expected = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")

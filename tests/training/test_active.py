@@ -4,6 +4,8 @@ import pytest
 
 import peftctl
 from peftctl.models import short_attention
+from peftctl.models.cross_entropy import HeadCrossEntropy
+from peftctl.models.lean_blocks import Gated, RmsNorm
 from peftctl.models.short_attention import Products
 from tests import tiny
 from tests.training.helpers import train, workload
@@ -23,10 +25,12 @@ ATTENTION = f"rows of up to {short_attention.LONGEST:,} tokens attend by matrix 
 
 def test_it_names_what_the_recipe_leaves_on():
     plain = ["logits at supervised positions", "rows of similar length together", "passes of 1,024 tokens"]
-    assert said() == [*plain, "fused AdamW"]
-    assert said("train.tokens_per_pass=300", "train.optimizer=sgd") == [*plain[:2], "passes of 300 tokens"]
+    lean = "13 norms and gated parts keep less"
+    assert said() == [*plain, lean, "fused AdamW"]
+    assert said("train.tokens_per_pass=300", "train.optimizer=sgd") == [*plain[:2], "passes of 300 tokens", lean]
     assert said("train.gradient_checkpointing=true")[-1] == "gradient checkpointing"
-    assert "passes" not in str(said(device="cuda"))
+    assert "passes" not in str(said(device="cuda")) and lean not in said(device="cuda")
+    assert "norms" not in str(said(model=tiny.tiny_opt()))
 
 
 def test_attention_by_products_is_named_where_it_serves():
@@ -35,6 +39,17 @@ def test_attention_by_products_is_named_where_it_serves():
     eager = tiny.tiny_llama(dtype="bfloat16")
     eager.set_attn_implementation("eager")
     assert ATTENTION not in said(dtype="bfloat16", model=eager)
+
+
+def test_the_trainer_runs_lean_parts_and_a_waiting_head(tmp_path, monkeypatch):
+    calls = []
+    for operation in (RmsNorm, Gated, HeadCrossEntropy):
+        apply = operation.apply
+        monkeypatch.setattr(operation, "apply", lambda *args, f=apply, o=operation: calls.append(o) or f(*args))
+    model = tiny.tiny_llama()
+    train(workload(tmp_path), model=model)
+    assert set(calls) == {RmsNorm, Gated, HeadCrossEntropy}
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize(("dtype", "serves"), [("bfloat16", True), ("float32", False)])
