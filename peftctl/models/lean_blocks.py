@@ -29,7 +29,8 @@ def lean_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
     for module in model.modules():
         if "forward" in vars(module):  # somebody else's
             continue
-        if (epsilon := _epsilon(module)) is not None and _is_rms_norm(type(module)):
+        kind: Any = type(module)
+        if (epsilon := _epsilon(module)) is not None and _is_rms_norm(kind):
             found.append((module, partial(_norm, module, epsilon)))
         elif _is_gated(module):
             found.append((module, partial(_gated, module)))
@@ -126,8 +127,9 @@ def _is_gated(module: nn.Module) -> bool:
     parts = vars(module)["_modules"]
     if not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(parts):
         return False
-    act = parts["act_fn"]
-    return not (act._forward_hooks or act._forward_pre_hooks) and _is_swiglu(type(module), type(act))
+    act: Any = parts["act_fn"]
+    kind: Any = type(module)
+    return not (act._forward_hooks or act._forward_pre_hooks) and _is_swiglu(kind, type(act))
 
 
 @cache
