@@ -128,8 +128,8 @@ def _is_gated(module: nn.Module) -> bool:
     if not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(parts):
         return False
     act: Any = parts["act_fn"]
-    kind: Any = type(module)
-    return not (act._forward_hooks or act._forward_pre_hooks) and _is_swiglu(kind, type(act))
+    kinds: Any = type(module), type(act)
+    return not (act._forward_hooks or act._forward_pre_hooks) and _is_swiglu(*kinds)
 
 
 @cache
