@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def measured(loop: str, work: Work, folder: Path) -> dict[str, float]:
     """Run a loop in a process of its own; return what it measured.
 
     Args:
-        loop: One of `LOOPS`.
+        loop: One of `LOOPS`, or a peer as `NAME=PROGRAM`.
         work: What it trains.
         folder: With the rows that `write_rows` has put there.
 
@@ -265,7 +266,14 @@ def main() -> None:
     content = json.loads(text)
     clock = Clock(content.pop("began"))
     work = Work(**{**content, "overrides": tuple(content["overrides"])})
-    print(json.dumps(LOOPS[loop](work, clock, Path(folder))))
+    if loop in LOOPS:
+        run = LOOPS[loop]
+    else:
+        from _peers import run_peer
+
+        name, _, program = loop.partition("=")
+        run = partial(run_peer, name, program)
+    print(json.dumps(run(work, clock, Path(folder))))
 
 
 if __name__ == "__main__":

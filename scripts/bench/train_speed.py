@@ -1,9 +1,11 @@
-"""Train the same LoRA on the same rows with peftctl and with a bare Trainer + peft loop, in turns, and compare.
+"""Train the same LoRA on the same rows with peftctl, a bare Trainer + peft loop and other tools, in turns, and compare.
 
     python scripts/bench/train_speed.py [--recipe lora] [--row-tokens 223] [--supervised 0.59] [--steps 10] [--rounds 3]
+        [--peer trl=PROGRAM] [--peer llamafactory=PROGRAM]
 
 Each turn is a process of its own. The bare loop is what one writes by hand: Trainer, get_peft_model,
-DataCollatorForSeq2Seq, rows in random order. Both have the same rows, types, batch size and number of steps. Printed
+DataCollatorForSeq2Seq, rows in random order. Peers that are installed here take part with their own command lines,
+others where `--peer` names their program. All have the same rows, types, batch size and number of steps. Printed
 are medians over the rounds with the lowest and the highest: wall time of the process, start-up (to the first step),
 tokens a second without padding, peak memory, the share of a matrix product's speed (MFU, at 4 FLOP a parameter and
 token: two forward, two for the gradient of the activations), and the loss on held-out rows. The loops see the rows in
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 from _loops import LOOPS, Work, measured, recipe_of, write_rows
+from _peers import found_peers
 
 FLOP = 4
 """A parameter and token, in a step of LoRA."""
@@ -30,7 +33,7 @@ def main() -> None:
         recipe=options.recipe, overrides=tuple(options.overrides), row_tokens=options.row_tokens,
         supervised=options.supervised, batch_size=options.batch_size, steps=options.steps,
     )  # fmt: skip
-    results: dict[str, list[dict[str, float]]] = {loop: [] for loop in LOOPS}
+    results: dict[str, list[dict[str, float]]] = {loop: [] for loop in (*LOOPS, *found_peers(options.peer))}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_rows(work, place)
@@ -55,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=Work.batch_size)
     parser.add_argument("--steps", type=int, default=Work.steps, help="optimizer steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PROGRAM", help="another tool's executable")
     return parser.parse_args()
 
 
@@ -81,14 +85,16 @@ def machine(recipe) -> tuple[str, float, int]:
 
 def show(results: dict[str, list[dict[str, float]]]) -> None:
     """Print medians, spreads and ratios to the bare loop."""
-    print(f"{'':24}" + "".join(f"{loop:>28}" for loop in results) + f"{'ratio':>8}")
+    names = {loop: loop.partition("=")[0] for loop in results}
+    print(f"{'':24}" + "".join(f"{name:>34}" for name in names.values()))
     for key in results["bare"][0]:
-        middle, cells = {}, ""
+        middle = {loop: statistics.median(run[key] for run in runs) for loop, runs in results.items()}
+        cells = ""
         for loop, runs in results.items():
             values = [run[key] for run in runs]
-            middle[loop] = statistics.median(values)
-            cells += f"{f'{middle[loop]:.4g} ({min(values):.4g} to {max(values):.4g})':>28}"
-        print(f"{key:24}{cells}{middle['peftctl'] / middle['bare']:8.3f}")
+            ratio = "" if loop == "bare" else f" x {middle[loop] / middle['bare']:.3f}"
+            cells += f"{f'{middle[loop]:.4g} ({min(values):.4g} to {max(values):.4g}){ratio}':>34}"
+        print(f"{key:24}{cells}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Other tools as loops of a benchmark: each is run by its own command line, on the same rows, and only watched.
+
+A peer is `NAME=PROGRAM`, say `trl=/somewhere/bin/trl`; it may live in a virtual environment of its own. Its peak memory
+is the largest resident size of its largest process; its steps are told by the lines that it logs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _loops import UNTIMED, Clock, Work, recipe_of
+
+STEP = re.compile(r"['\"]loss['\"]: ")
+"""In the line that a Trainer logs after each step."""
+
+
+def run_peer(name: str, program: str, work: Work, clock: Clock, folder: Path) -> dict[str, float]:
+    """Train with another tool; return what was measured.
+
+    Args:
+        name: A key of `COMMANDS`.
+        program: Its executable.
+        work: What to train.
+        clock: That watches.
+        folder: With the rows that `write_rows` has put there.
+
+    Raises:
+        SystemExit: It failed, or logged no step.
+    """
+    from peftctl.commands.prepare import prepare
+
+    ready = prepare(recipe_of(work, folder, str(folder / "eval.jsonl")))
+    output = folder / name
+    command = COMMANDS[name](program, ready.recipe, rows_alone(folder), output)
+    clock.began = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines, ends = [], []
+    for line in process.stdout or ():
+        lines.append(line)
+        if STEP.search(line):
+            clock.step()
+            ends.append(time.time())
+    if process.wait() or len(ends) <= UNTIMED:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(lines[-40:])}")
+    wall = time.time() - clock.began
+    clock.first = ends[0] - (ends[-1] - ends[0]) / (len(ends) - 1)  # a step is logged when it is over
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    tokens = sum(len(row.input_ids) for row in ready.train_rows)
+    supervised = sum(sum(label != -100 for label in row.labels[1:]) for row in ready.train_rows)
+    return {"wall s": round(wall, 2), **clock.result(tokens, supervised, peak, held_out(ready, output))}
+
+
+def rows_alone(folder: Path) -> Path:
+    """Return a folder with nothing but the training rows: some tools read all files beside them."""
+    alone = folder / "rows"
+    alone.mkdir(exist_ok=True)
+    shutil.copy(folder / "train.jsonl", alone)
+    return alone
+
+
+def held_out(ready: Any, adapter: Path) -> float:
+    """Return the loss on held-out rows of what a peer has saved, read back by plain peft."""
+    import torch
+    from peft import PeftModel
+
+    from peftctl.data.collate import Collator
+    from peftctl.evaluation.loss import held_out_loss
+    from peftctl.models.load import load_model
+
+    base = load_model(ready.recipe.model, dtype=ready.recipe.model.dtype, device=torch.device("cpu"))
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    return float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
+
+
+def model_of(recipe: Any) -> str:
+    """Return the folder of a recipe's model."""
+    from peftctl.models.aliases import resolve
+
+    return str(resolve(recipe.model.name_or_path))
+
+
+# -- command lines ---------------------------------------------------------------------------------------------------
+
+
+def trl(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
+    """Return TRL's command line for the recipe."""
+    keys, train = recipe.method, recipe.train
+    options = {
+        "model_name_or_path": model_of(recipe), "dtype": recipe.model.dtype, "bf16": "false",
+        "dataset_name": rows, "completion_only_loss": "true", "max_length": recipe.data.max_length,
+        "use_peft": "true", "lora_r": keys.r, "lora_alpha": round(keys.alpha), "lora_dropout": keys.dropout,
+        "lora_target_modules": keys.target_modules, "per_device_train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation, "num_train_epochs": train.epochs,
+        "learning_rate": train.learning_rate, "lr_scheduler_type": train.scheduler, "seed": train.seed,
+        "gradient_checkpointing": "false", "logging_steps": 1, "save_strategy": "no", "output_dir": output,
+    }  # fmt: skip
+    return [program, "sft", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def llamafactory(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
+    """Return LLaMA-Factory's command line; it reads the recipe from a file beside the rows."""
+    keys, train = recipe.method, recipe.train
+    columns = {"prompt": "prompt", "response": "completion"}
+    (rows / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "train.jsonl", "columns": columns}}))
+    options = {
+        "stage": "sft", "do_train": True, "model_name_or_path": model_of(recipe),
+        "pure_bf16": recipe.model.dtype == "bfloat16", "dataset": "rows", "dataset_dir": str(rows),
+        "template": "empty", "cutoff_len": recipe.data.max_length, "finetuning_type": "lora", "lora_rank": keys.r,
+        "lora_alpha": keys.alpha, "lora_dropout": keys.dropout, "lora_target": "all",
+        "per_device_train_batch_size": train.batch_size, "gradient_accumulation_steps": train.gradient_accumulation,
+        "num_train_epochs": train.epochs, "learning_rate": train.learning_rate, "lr_scheduler_type": train.scheduler,
+        "seed": train.seed, "disable_gradient_checkpointing": True, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "output_dir": str(output), "overwrite_output_dir": True,
+    }  # fmt: skip
+    (rows / "recipe.json").write_text(json.dumps(options))
+    return [program, "train", str(rows / "recipe.json")]
+
+
+COMMANDS = {"trl": trl, "llamafactory": llamafactory}
+PROGRAMS = {"trl": "trl", "llamafactory": "llamafactory-cli"}
+
+
+def found_peers(named: list[str]) -> list[str]:
+    """Return `NAME=PROGRAM` of the peers that are named, and of those that are installed here.
+
+    Args:
+        named: `NAME=PROGRAM`.
+
+    Raises:
+        SystemExit: One is not known, or its program is not there.
+    """
+    for peer in named:
+        name, _, program = peer.partition("=")
+        if name not in COMMANDS or not shutil.which(program):
+            sys.exit(f"--peer {peer}: expected NAME=PROGRAM, NAME one of {', '.join(COMMANDS)} and PROGRAM executable")
+    installed = {name: shutil.which(program) for name, program in PROGRAMS.items()}
+    named_already = {peer.partition("=")[0] for peer in named}
+    return [*named, *(f"{name}={place}" for name, place in installed.items() if place and name not in named_already)]
