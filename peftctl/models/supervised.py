@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,8 +31,10 @@ from peftctl.models.cross_entropy import HeadCrossEntropy, SummedCrossEntropy
 IGNORED = -100
 _UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
 """Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
-_FOLLOWED: WeakSet[torch.nn.Module] = WeakSet()
-"""Heads whose logits the model's code changes afterwards: soft-capping, scales."""
+_FEW = 8
+"""Tokens of a pass that finds something out."""
+_HANDED_ON: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+"""Head -> whether the model returns its output as it is; soft-capping, scales and autocast come after others."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def supervised_forward(
     wrapper: Any = None,
     *,
     smoothing: float = 0.0,
-    lean: bool = True,
+    lean: bool = False,
 ) -> Supervised:
     """Run a model and return its logits at supervised positions.
 
@@ -114,7 +116,7 @@ def supervised_forward(
             first column. Further fields are passed on, but for wrong answers.
         wrapper: What to call in place of the model: the engine around it that several processes train through.
         smoothing: ε of the result.
-        lean: Let the head wait where it can. Only where no engine around the model counts passes or divides weights.
+        lean: Let the head wait, as `head_can_wait` allows it.
 
     Returns:
         n = `count_supervised(model, labels)`.
@@ -124,67 +126,83 @@ def supervised_forward(
     # Found once and early: every look-up by a mask would make the host wait for the device.
     row, position = (predicted != IGNORED).nonzero(as_tuple=True)
     places = _Places(row, position, labels.shape[1])
-    inputs = {name: value for name, value in batch.items() if name not in _UNREAD}
+    inputs = _inputs(model, batch)
     if classification_task(model):
         return _classified(model, wrapper or model, inputs, labels, places, smoothing)
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-    head = _frozen_matrix(model) if lean else None
-    if head is not None and (found := _states(model, inputs, places, head)) is not None:
-        return _BeforeHead(None, predicted[row, position].to(found.device), smoothing, head, found)
-    with _rows_before_head(model, places) as happened:
+    head = model.get_output_embeddings() if lean else None
+    with _rows_before_head(model, places) as happened, _identity(head):
         logits = (wrapper or model)(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
     chosen = logits.squeeze(0) if happened else places.pick(logits)
-    return Supervised(chosen, predicted[row, position].to(chosen.device), smoothing)
+    targets = predicted[row, position].to(chosen.device)
+    return _BeforeHead(None, targets, smoothing, head, chosen) if lean else Supervised(chosen, targets, smoothing)
 
 
-def _frozen_matrix(model: Any) -> torch.nn.Linear | None:
-    """Return the model's head if nothing but its product with a frozen matrix happens in it, and gradients flow."""
-    head = model.get_output_embeddings()
+def head_can_wait(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether `supervised_forward` may be lean: the head is a frozen matrix, and its output the model's logits.
+
+    Whether code follows the head is found out once, by a pass of a few tokens without gradients.
+
+    Args:
+        model: As there, with whole weights.
+        batch: As there.
+    """
+    head = None if classification_task(model) else model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head._forward_hooks or "forward" in vars(head):
-        return None
-    trains = any(p.requires_grad for p in head.parameters()) or not torch.is_grad_enabled()
-    return None if trains or torch.is_autocast_enabled(head.weight.device.type) else head
+        return False
+    if any(p.requires_grad for p in head.parameters()):
+        return False
+    if head not in _HANDED_ON:
+        few = {
+            name: value[:1, :_FEW] if value.dim() > 1 else value[:1] for name, value in _inputs(model, batch).items()
+        }
+        gpus = [head.weight.device] if head.weight.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), torch.no_grad(), _identity(head) as given:
+            try:
+                logits = model(**few, use_cache=False).logits
+                _HANDED_ON[head] = len(given) == 1 and given[0].states is logits and given[0].as_it_is()
+            except Exception:  # what follows wants (n, vocab)
+                _HANDED_ON[head] = False
+    return _HANDED_ON[head]
 
 
-def _states(
-    model: Any, inputs: Mapping[str, torch.Tensor], places: _Places, head: torch.nn.Linear
-) -> torch.Tensor | None:
-    """Return what the head would get, (n, d); None where the model changes logits after the head."""
-    if head in _FOLLOWED:
-        return None
-    random = _random_state(head.weight.device)
-    given: list[tuple[torch.Tensor, int]] = []
+@dataclass(frozen=True)
+class _Given:
+    """What a head has got: its version then, and whether autocast would have cast it."""
+
+    states: torch.Tensor
+    version: int
+    cast: bool
+
+    def as_it_is(self) -> bool:
+        return self.states._version == self.version and not self.cast
+
+
+@contextmanager
+def _identity(head: torch.nn.Linear | None) -> Iterator[list[_Given]]:
+    """Let a head return what it gets; yield what it has got."""
+    given: list[_Given] = []
+    if head is None:
+        yield given
+        return
 
     def hand_on(states: torch.Tensor) -> torch.Tensor:
-        given.append((states, states._version))
+        given.append(_Given(states, states._version, torch.is_autocast_enabled(states.device.type)))
         return states
 
     head.forward = hand_on  # type: ignore[method-assign, assignment]
-    logits, happened = None, list[bool]()
     try:
-        with _rows_before_head(model, places) as happened:
-            logits = model(**inputs, use_cache=False).logits
-    except RuntimeError:  # what follows wants (n, vocab); any other cause comes again from the plain pass
-        pass
+        yield given
     finally:
         del head.forward
-    if happened and len(given) == 1 and given[0][0] is logits and given[0][1] == logits._version:
-        return logits.squeeze(0)
-    _FOLLOWED.add(head)
-    _set_random_state(head.weight.device, random)  # the pass that comes in its place draws the same numbers
-    return None
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+def _inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what the model reads of a batch."""
+    inputs = {name: value for name, value in batch.items() if name not in _UNREAD}
+    if model.config.is_encoder_decoder and not classification_task(model):
+        inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
+    return inputs
 
 
 def _classified(

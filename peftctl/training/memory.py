@@ -229,7 +229,7 @@ def _settings(
         compute=dtype_of(compute) if compute else dtype,
         on_gpu=machine.kind == "cuda",
         heap_limit=heap_limit(spared=spares_memory(recipe, machine.processes)) if machine.kind == "cpu" else 0,
-        alone=share.engine == "single",
+        divided=share.stage == 3,
     )
 
 

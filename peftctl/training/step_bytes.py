@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftctl.models.lean_blocks import lean_blocks, lean_forwards
-from peftctl.models.supervised import supervised_forward
+from peftctl.models.supervised import head_can_wait, supervised_forward
 from peftctl.training.stand_ins import fake_tensors, fused_dropout, quantised_layers
 
 _START, _END = "start", "end"
@@ -65,7 +65,7 @@ class StepSettings:
         compute: Type that these are multiplied in.
         on_gpu: Count a GPU's kernels where they keep less.
         heap_limit: Bytes below which the allocator keeps a tensor in its heap.
-        alone: No engine stands around the model.
+        divided: The engine divides the weights.
     """
 
     loss: Callable[..., dict[str, torch.Tensor]]
@@ -76,7 +76,7 @@ class StepSettings:
     compute: torch.dtype = torch.bfloat16
     on_gpu: bool = False
     heap_limit: int = 0
-    alone: bool = True
+    divided: bool = False
 
 
 def step_bytes(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSettings) -> StepBytes:
@@ -148,6 +148,9 @@ def _gradient_bytes(block: nn.Module) -> int:
 
 
 def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSettings) -> _Ledger:
+    autocast = torch.autocast("cpu", settings.autocast or torch.bfloat16, enabled=settings.autocast is not None)
+    with autocast:
+        lean = not settings.divided and head_can_wait(model, batch)
     ledger = _Ledger(settings)
     ledger.ignore(*model.parameters(), *model.buffers(), *batch.values())
     with ExitStack() as stack:
@@ -158,8 +161,8 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSett
         else:
             stack.enter_context(lean_blocks(lean_forwards(model)))
         stack.enter_context(ledger)
-        with torch.autocast("cpu", settings.autocast or torch.bfloat16, enabled=settings.autocast is not None):
-            parts = settings.loss(model, batch, lambda rows: supervised_forward(model, rows, lean=settings.alone))
+        with autocast:
+            parts = settings.loss(model, batch, lambda rows: supervised_forward(model, rows, lean=lean))
             loss = torch.stack(list(parts.values())).sum()
         del parts
         ledger.watch_last_block()

@@ -27,7 +27,7 @@ from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
 from peftctl.models.lean_blocks import lean_blocks, lean_forwards
 from peftctl.models.short_attention import short_rows
-from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
+from peftctl.models.supervised import IGNORED, Supervised, count_supervised, head_can_wait, supervised_forward
 from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
 from peftctl.training.checkpoints import StageMark
@@ -184,9 +184,9 @@ class MethodTrainer(SelectingTrainer):
     def _forward(self, model: Any, batch: Mapping[str, torch.Tensor]) -> Supervised:
         """Run the model as in training, which evaluation never does: with noise and smoothed labels."""
         train = self.stage.recipe.train
+        lean = not self.engine.divides_weights and head_can_wait(self.model, batch)
         with noisy_embeddings(self.model, batch["attention_mask"], train.neftune_noise):
-            alone = model is self.model  # nothing around it waits for all outputs
-            result = supervised_forward(self.model, batch, model, smoothing=train.label_smoothing, lean=alone)
+            result = supervised_forward(self.model, batch, model, smoothing=train.label_smoothing, lean=lean)
         self.engine.forward_ends()
         return result
 

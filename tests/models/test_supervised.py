@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peftctl.models import cross_entropy
-from peftctl.models.supervised import Supervised, supervised_forward
+from peftctl.models.supervised import Supervised, head_can_wait, supervised_forward
 from tests.tiny import tiny_llama, tiny_opt
 
 
@@ -261,8 +261,10 @@ def test_correct_counts_hits():
 
 
 def waiting(model, batch, **more):
-    found = supervised_forward(model, batch, **more)
-    return "logits" not in vars(found), found
+    waits = head_can_wait(model, batch)
+    found = supervised_forward(model, batch, lean=waits, **more)
+    assert ("logits" not in vars(found)) == waits
+    return waits, found
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -279,7 +281,7 @@ def test_a_frozen_head_waits_for_the_loss(monkeypatch, smoothing, piece, bias):
     waits, found = waiting(model, batch, smoothing=smoothing)
     assert waits
     ours = found.cross_entropy()
-    plain = supervised_forward(model, batch, lean=False)
+    plain = supervised_forward(model, batch)
     expected = torch.nn.functional.cross_entropy(plain.logits, plain.labels, label_smoothing=smoothing, reduction="sum")
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
     wanted, got = gradients(model, 0.3 * expected), gradients(model, 0.3 * ours)
@@ -292,7 +294,7 @@ def test_a_loss_that_asks_for_logits_gets_them_with_a_graph():
     model, batch = peft_lora(["q_proj"]).double(), make_batch()
     waits, found = waiting(model, batch)
     assert waits
-    plain = supervised_forward(model, batch, lean=False)
+    plain = supervised_forward(model, batch)
     assert torch.equal(found.logits, plain.logits) and found.logits is found.logits and found.logits.requires_grad
     torch.testing.assert_close(found.cross_entropy(), plain.cross_entropy())
     some = replace(found, logits=found.logits[:2], labels=found.labels[:2])
@@ -317,19 +319,45 @@ def frozen_gemma():
     return model
 
 
-def test_code_after_the_head_is_noticed_and_the_pass_is_run_again():
+def test_code_after_the_head_is_noticed_and_nothing_is_drawn_for_it():
     model, batch = frozen_gemma(), make_batch()
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, 0.5))
     torch.manual_seed(3)
-    waits, found = waiting(model, batch)
     drawn = torch.rand(1)
+    torch.manual_seed(3)
+    waits, found = waiting(model, batch)
     assert not waits and found.logits.abs().max() <= 0.5  # the cap
     torch.manual_seed(3)
-    assert torch.equal(supervised_forward(model, batch, lean=False).logits, found.logits)
-    assert torch.equal(torch.rand(1), drawn)
+    assert not head_can_wait(model, batch) and torch.equal(torch.rand(1), drawn)
 
 
-@pytest.mark.parametrize("change", ["trains", "lora", "hook", "autocast", "no gradients", "not lean"])
+class InPlace(torch.nn.Module):
+    """Scales logits after the head, in place or not at all."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.inner, self.scale, self.config = tiny_llama(), scale, tiny_llama().config
+        self.inner.requires_grad_(False)
+        self.inner.model.norm.weight.requires_grad_()
+
+    def get_output_embeddings(self):
+        return self.inner.lm_head
+
+    def forward(self, **inputs):
+        out = self.inner(**inputs)
+        if self.scale != 1:
+            out.logits.mul_(self.scale)
+        return out
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_change_in_place_is_noticed_too(scale):
+    waits, found = waiting(InPlace(scale), make_batch())
+    assert waits == (scale == 1)
+    torch.testing.assert_close(found.logits, scale * supervised_forward(InPlace(1), make_batch()).logits)
+
+
+@pytest.mark.parametrize("change", ["trains", "lora", "hook", "autocast"])
 def test_a_head_that_does_not_wait(change):
     model, batch = peft_lora(["q_proj", "lm_head"] if change == "lora" else ["q_proj"]), make_batch()
     head = model.get_output_embeddings()
@@ -337,11 +365,8 @@ def test_a_head_that_does_not_wait(change):
         head.weight.requires_grad_()
     if change == "hook":
         head.register_forward_hook(lambda _, __, out: 2 * out)
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
-        torch.set_grad_enabled(change != "no gradients"),
-    ):
-        assert not waiting(model, batch, lean=change != "not lean")[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert not waiting(model, batch)[0]
     assert waiting(peft_lora(["q_proj"]), batch)[0]
 
 
@@ -349,5 +374,5 @@ def test_an_error_in_the_model_is_raised_and_the_head_is_whole_again():
     model, batch = peft_lora(["q_proj"]), make_batch()
     batch["input_ids"][0, 0] = 10_000
     with pytest.raises(IndexError):
-        supervised_forward(model, batch)
+        supervised_forward(model, batch, lean=True)
     assert "forward" not in vars(model.get_output_embeddings())

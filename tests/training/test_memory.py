@@ -381,13 +381,13 @@ def test_logits_are_made_at_supervised_positions_alone():
     assert many.activations == pytest.approx(few.activations, rel=0.05)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_frozen_head_makes_a_piece_of_the_logits_at_a_time(alone):
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_frozen_head_makes_a_piece_of_the_logits_at_a_time(divided):
     vocab = 100_000
-    few, many = (counted(llama(vocab=vocab), low_rank(), rows=1, tokens=900, supervised=n, alone=alone).logits
+    few, many = (counted(llama(vocab=vocab), low_rank(), rows=1, tokens=900, supervised=n, divided=divided).logits
                  for n in (400, 800))  # fmt: skip
     piece = 4 * (cross_entropy.PIECE["cpu"] + cross_entropy.CHUNK["cpu"])
-    if alone:
+    if not divided:
         assert few < many < 1.3 * piece
     else:
         assert many - few == pytest.approx(2 * 400 * vocab * 4, rel=0.01)  # logits and their gradient
