@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,10 +30,6 @@ from peftctl.models.cross_entropy import HeadCrossEntropy, SummedCrossEntropy
 IGNORED = -100
 _UNREAD = {"labels", "choice_input_ids", "choice_attention_mask", "choice_labels", "choice_rows"}
 """Fields of a batch that no model reads: labels, and wrong answers for losses of their own."""
-_FEW = 8
-"""Tokens of a pass that finds something out."""
-_HANDED_ON: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
-"""Head -> whether the model returns its output as it is; soft-capping, scales and autocast come after others."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def supervised_forward(
             first column. Further fields are passed on, but for wrong answers.
         wrapper: What to call in place of the model: the engine around it that several processes train through.
         smoothing: ε of the result.
-        lean: Let the head wait, as `head_can_wait` allows it.
+        lean: Let the head wait, as `head_can_wait` in the training layer allows it.
 
     Returns:
         n = `count_supervised(model, labels)`.
@@ -126,11 +121,11 @@ def supervised_forward(
     # Found once and early: every look-up by a mask would make the host wait for the device.
     row, position = (predicted != IGNORED).nonzero(as_tuple=True)
     places = _Places(row, position, labels.shape[1])
-    inputs = _inputs(model, batch)
+    inputs = inputs_of(model, batch)
     if classification_task(model):
         return _classified(model, wrapper or model, inputs, labels, places, smoothing)
     head = model.get_output_embeddings() if lean else None
-    with _rows_before_head(model, places) as happened, _identity(head):
+    with _rows_before_head(model, places) as happened, handing_on(head):
         logits = (wrapper or model)(**inputs, use_cache=False).logits
     # A model that has no head module, or does not call it, returns all positions.
     chosen = logits.squeeze(0) if happened else places.pick(logits)
@@ -138,36 +133,8 @@ def supervised_forward(
     return _BeforeHead(None, targets, smoothing, head, chosen) if lean else Supervised(chosen, targets, smoothing)
 
 
-def head_can_wait(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether `supervised_forward` may be lean: the head is a frozen matrix, and its output the model's logits.
-
-    Whether code follows the head is found out once, by a pass of a few tokens without gradients.
-
-    Args:
-        model: As there, with whole weights.
-        batch: As there.
-    """
-    head = None if classification_task(model) else model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head._forward_hooks or "forward" in vars(head):
-        return False
-    if any(p.requires_grad for p in head.parameters()):
-        return False
-    if head not in _HANDED_ON:
-        few = {
-            name: value[:1, :_FEW] if value.dim() > 1 else value[:1] for name, value in _inputs(model, batch).items()
-        }
-        gpus = [head.weight.device] if head.weight.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus), torch.no_grad(), _identity(head) as given:
-            try:
-                logits = model(**few, use_cache=False).logits
-                _HANDED_ON[head] = len(given) == 1 and given[0].states is logits and given[0].as_it_is()
-            except Exception:  # what follows wants (n, vocab)
-                _HANDED_ON[head] = False
-    return _HANDED_ON[head]
-
-
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """What a head has got: its version then, and whether autocast would have cast it."""
 
     states: torch.Tensor
@@ -175,19 +142,20 @@ class _Given:
     cast: bool
 
     def as_it_is(self) -> bool:
+        """Tell whether nobody has changed it."""
         return self.states._version == self.version and not self.cast
 
 
 @contextmanager
-def _identity(head: torch.nn.Linear | None) -> Iterator[list[_Given]]:
+def handing_on(head: torch.nn.Linear | None) -> Iterator[list[Given]]:
     """Let a head return what it gets; yield what it has got."""
-    given: list[_Given] = []
+    given: list[Given] = []
     if head is None:
         yield given
         return
 
     def hand_on(states: torch.Tensor) -> torch.Tensor:
-        given.append(_Given(states, states._version, torch.is_autocast_enabled(states.device.type)))
+        given.append(Given(states, states._version, torch.is_autocast_enabled(states.device.type)))
         return states
 
     head.forward = hand_on  # type: ignore[method-assign, assignment]
@@ -197,7 +165,7 @@ def _identity(head: torch.nn.Linear | None) -> Iterator[list[_Given]]:
         del head.forward
 
 
-def _inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def inputs_of(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what the model reads of a batch."""
     inputs = {name: value for name, value in batch.items() if name not in _UNREAD}
     if model.config.is_encoder_decoder and not classification_task(model):

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftctl.models.lean_blocks import lean_blocks, lean_forwards
-from peftctl.models.supervised import head_can_wait, supervised_forward
+from peftctl.models.supervised import supervised_forward
 from peftctl.training.stand_ins import fake_tensors, fused_dropout, quantised_layers
+from peftctl.training.waiting_head import head_can_wait
 
 _START, _END = "start", "end"
 _PARTS = ("activations", "logits", "gradients")

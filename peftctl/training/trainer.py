@@ -27,7 +27,7 @@ from peftctl.errors import RunError
 from peftctl.evaluation.loss import held_out_loss
 from peftctl.models.lean_blocks import lean_blocks, lean_forwards
 from peftctl.models.short_attention import short_rows
-from peftctl.models.supervised import IGNORED, Supervised, count_supervised, head_can_wait, supervised_forward
+from peftctl.models.supervised import IGNORED, Supervised, count_supervised, supervised_forward
 from peftctl.training.arguments import trackers
 from peftctl.training.callbacks import Hooks, StopAndShow
 from peftctl.training.checkpoints import StageMark
@@ -35,6 +35,7 @@ from peftctl.training.noise import noisy_embeddings
 from peftctl.training.passes import cut, pass_tokens
 from peftctl.training.report import MetricsFile
 from peftctl.training.selection import SelectingTrainer
+from peftctl.training.waiting_head import head_can_wait
 from peftctl.training.workload import StageRun
 
 _SHOWN = 8

@@ -181,11 +181,11 @@ def test_recomputed_activations_change_no_gradient_or_are_refused(case):
 
 
 def count_forwards(model, runs):
-    """Count the forwards of every module without parts in a block, but for norms: some adapters call them again."""
+    """Count training forwards of the modules without parts in a block, but for norms: some adapters call them again."""
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for leaf in {leaf for block in blocks for leaf in block.modules()}:
         if not list(leaf.children()) and not isinstance(leaf, torch.nn.LayerNorm):
-            leaf.register_forward_pre_hook(lambda module, _: runs.update([id(module)]))
+            leaf.register_forward_pre_hook(lambda module, _: runs.update([id(module)] if module.training else []))
 
 
 def compare(case, continued):
