@@ -30,7 +30,8 @@ def head_can_wait(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
     head = None if classification_task(model) else model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head._forward_hooks or "forward" in vars(head):
         return False
-    if any(p.requires_grad for p in head.parameters()):
+    # In float16 the gradient of the logits is too small to be kept before the loss is scaled.
+    if any(p.requires_grad or p.dtype == torch.float16 for p in head.parameters()):
         return False
     if head not in _HANDED_ON:
         _HANDED_ON[head] = _hands_on(model, inputs_of(model, batch), head)

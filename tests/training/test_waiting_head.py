@@ -109,12 +109,14 @@ def test_a_change_in_place_is_noticed_too(scale):
     torch.testing.assert_close(found.logits, scale * supervised_forward(InPlace(1), make_batch()).logits)
 
 
-@pytest.mark.parametrize("change", ["trains", "lora", "hook", "autocast"])
+@pytest.mark.parametrize("change", ["trains", "lora", "hook", "autocast", "float16"])
 def test_a_head_that_does_not_wait(change):
     model, batch = peft_lora(["q_proj", "lm_head"] if change == "lora" else ["q_proj"]), make_batch()
     head = model.get_output_embeddings()
     if change == "trains":
         head.weight.requires_grad_()
+    if change == "float16":
+        model.half()
     if change == "hook":
         head.register_forward_hook(lambda _, __, out: 2 * out)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
