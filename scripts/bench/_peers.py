@@ -106,7 +106,7 @@ def trl(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
 
 
 def llamafactory(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
-    """Return LLaMA-Factory's command line; it reads the recipe from a file beside the rows."""
+    """Return LLaMA-Factory's command line, not run yet; it reads the recipe from a file beside the rows."""
     keys, train = recipe.method, recipe.train
     columns = {"prompt": "prompt", "response": "completion"}
     (rows / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "train.jsonl", "columns": columns}}))
