@@ -12,7 +12,8 @@ from peftctl.artifacts.rundir import RunDir
 from peftctl.backends import device as devices
 from peftctl.commands.recipes import load_recipe
 from peftctl.data.collate import Collator
-from peftctl.data.dataset import encode_all, load_examples
+from peftctl.data.dataset import encode_all
+from peftctl.data.examples import load_examples
 from peftctl.errors import ArtifactError, UsageError
 from peftctl.evaluation.ensemble import ensemble_forward
 from peftctl.evaluation.evaluate import evaluate_rows

@@ -13,7 +13,8 @@ from peftctl.artifacts.merge import merge as fold
 from peftctl.artifacts.merge_order import merge_in_order
 from peftctl.backends import device as devices
 from peftctl.commands.recipes import load_recipe
-from peftctl.data.dataset import encode_all, load_examples
+from peftctl.data.dataset import encode_all
+from peftctl.data.examples import load_examples
 from peftctl.errors import PeftctlError
 from peftctl.models.aliases import cache_root
 from peftctl.models.load import load_tokenizer

@@ -12,8 +12,9 @@ from peftctl.backends.device import current_device, fast_dtype, usable_cores
 from peftctl.commands.earlier import base_tokenizer, earlier_adapters, refuse_unfit_inputs, refuse_unfit_start
 from peftctl.data.classes import with_labels
 from peftctl.data.collate import Collator
-from peftctl.data.dataset import Examples, encode_all, load_examples, overlap, training_rows
+from peftctl.data.dataset import encode_all, overlap, training_rows
 from peftctl.data.encode import EncodedRow
+from peftctl.data.examples import Examples, load_examples
 from peftctl.data.formats import Example
 from peftctl.data.supervision import SupervisionReport
 from peftctl.errors import UsageError

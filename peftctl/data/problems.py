@@ -27,6 +27,11 @@ class Problems:
         self.shown: list[Problem] = []
         self.more = 0
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.shown) + self.more
+
     def add(self, where: str, message: str, hint: str = "") -> None:
         """Note one problem."""
         self.extend([Problem(where, message, hint)])

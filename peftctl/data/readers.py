@@ -103,11 +103,10 @@ def parquet(path: Path, shown: str, problems: Problems) -> Rows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _batches_rows(file.iter_batches(), shown, problems)
     except pyarrow.ArrowException as error:
         problems.add(shown, f"not a readable parquet file: {_first_line(error)}")
-        return
-    yield from _table_rows(table, shown, problems)
 
 
 def arrow(path: Path, shown: str, problems: Problems) -> Rows:
@@ -117,54 +116,63 @@ def arrow(path: Path, shown: str, problems: Problems) -> Rows:
     try:
         with pyarrow.OSFile(str(path), "rb") as source:
             if source.read(6) == b"ARROW1":
-                table = pyarrow.ipc.open_file(source).read_all()
+                file = pyarrow.ipc.open_file(source)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
             else:
                 source.seek(0)
-                table = pyarrow.ipc.open_stream(source).read_all()
+                batches = iter(pyarrow.ipc.open_stream(source))
+            yield from _batches_rows(batches, shown, problems)
     except pyarrow.ArrowException as error:
         problems.add(shown, f"not a readable arrow file: {_first_line(error)}")
-        return
-    yield from _table_rows(table, shown, problems)
 
 
-def _table_rows(table: Any, shown: str, problems: Problems) -> Rows:
-    try:
-        rows = table.to_pylist()
-    except UnicodeDecodeError as error:
-        problems.add(shown, f"expected UTF-8 text in its columns, got byte 0x{error.object[error.start]:02X}")
-        return
-    for i, fields in enumerate(rows, 1):
-        yield fields, f"{shown}:{i}"
-
-
-def _content(path: Path, shown: str, problems: Problems) -> bytes:
-    """Return the bytes behind a byte-order mark; none where the file is UTF-16."""
-    content = path.read_bytes().removeprefix(_BOM)
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        problems.add(f"{shown}:1", "expected UTF-8, got UTF-16", "save the file as UTF-8")
-        return b""
-    return content
+def _batches_rows(batches: Iterator[Any], shown: str, problems: Problems) -> Rows:
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            problems.add(shown, f"expected UTF-8 text in its columns, got byte 0x{error.object[error.start]:02X}")
+            return
+        for fields in rows:
+            number += 1
+            yield fields, f"{shown}:{number}"
 
 
 def _lines(path: Path, shown: str, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text) of each line that is UTF-8 and not blank.
+    """Yield (number from 1, text) of each line that is UTF-8 and not blank, without reading the whole file at once.
 
     Lines end at a line feed alone: str.splitlines would also cut at characters that JSON allows inside text.
     """
-    for number, raw in enumerate(_content(path, shown, problems).split(b"\n"), 1):
-        try:
-            line = raw.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line"
-            problems.add(f"{shown}:{number}", f"expected UTF-8, got {found}", "save the file as UTF-8")
-            continue
-        if line.strip():
-            yield number, line
+    with path.open("rb") as file:
+        for number, whole in enumerate(file, 1):
+            raw = whole.removesuffix(b"\n")
+            if number == 1:
+                raw = raw.removeprefix(_BOM)
+                if _is_utf16(raw, shown, problems):
+                    return
+            try:
+                line = raw.removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line"
+                problems.add(f"{shown}:{number}", f"expected UTF-8, got {found}", "save the file as UTF-8")
+                continue
+            if line.strip():
+                yield number, line
+
+
+def _is_utf16(content: bytes, shown: str, problems: Problems) -> bool:
+    if content[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        return False
+    problems.add(f"{shown}:1", "expected UTF-8, got UTF-16", "save the file as UTF-8")
+    return True
 
 
 def _text(path: Path, shown: str, problems: Problems) -> str:
     """Return the whole file as text; nothing where a line of it is not UTF-8."""
-    content = _content(path, shown, problems)
+    content = path.read_bytes().removeprefix(_BOM)
+    if _is_utf16(content, shown, problems):
+        return ""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

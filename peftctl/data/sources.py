@@ -56,17 +56,24 @@ def read_rows(paths: str | list[str]) -> list[Row]:
         DataError: A source is missing, empty or broken; up to ten problems are named, the others counted.
     """
     problems = Problems()
-    rows: list[Row] = []
-    for source in [paths] if isinstance(paths, str) else paths:
-        if _is_hub_id(source):
-            rows.extend(_hub_rows(source, problems))
-            continue
-        for file in _files(source, problems):
-            rows.extend(_file_rows(file, problems))
-    if not paths:
-        problems.add("data", "expected at least one file, got an empty list")
+    rows = list(rows_one_by_one(paths, problems))
     problems.raise_if_any()
     return rows
+
+
+def rows_one_by_one(paths: str | list[str], problems: Problems) -> Iterator[Row]:
+    """Yield the rows of sources as `read_rows` returns them; what is wrong goes to `problems`.
+
+    Of a file of JSON lines, text, parquet or arrow, only a part is in memory; of others the whole.
+    """
+    for source in [paths] if isinstance(paths, str) else paths:
+        if _is_hub_id(source):
+            yield from _hub_rows(source, problems)
+            continue
+        for file in _files(source, problems):
+            yield from _file_rows(file, problems)
+    if not paths:
+        problems.add("data", "expected at least one file, got an empty list")
 
 
 def local_files(sources: Sequence[str | list[str]], problems: Problems) -> list[Path] | None:
@@ -82,17 +89,19 @@ def _is_hub_id(source: str) -> bool:
     return not looks_local and _HUB_ID.fullmatch(source) is not None
 
 
-def _file_rows(file: Path, problems: Problems) -> list[Row]:
+def _file_rows(file: Path, problems: Problems) -> Iterator[Row]:
     shown = _shown(file)
-    broken_before = len(problems.shown) + problems.more
+    before = problems.count
+    empty = True
     try:
-        rows = [Row(fields, where) for fields, where in _READERS[file.suffix.lower()](file, shown, problems)]
+        for fields, where in _READERS[file.suffix.lower()](file, shown, problems):
+            empty = False
+            yield Row(fields, where)
     except OSError as error:
         problems.add(shown, f"can't be read: {error.strerror or error}")
-        return []
-    if not rows and len(problems.shown) + problems.more == broken_before:
+        return
+    if empty and problems.count == before:
         problems.add(shown, "expected rows, but the file is empty")
-    return rows
 
 
 def _files(source: str, problems: Problems) -> list[Path]:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from peftctl.data.encode import IGNORED, EncodedRow
 from peftctl.data.problems import wrong
-from peftctl.recipe.schema import DataSection, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from peftctl.recipe.schema import DataSection
 
 _PLACES = 3
 _CLASSES = 20
@@ -176,51 +170,6 @@ class SupervisionReport:
             yield f"data: no row has the label {', '.join(missing[:_PLACES])}{', ...' * (len(missing) > _PLACES)}"
 
 
-def report(
-    groups: Sequence[Sequence[EncodedRow]],
-    tokenizer: PreTrainedTokenizerBase,
-    origins: Sequence[int | None] = (),
-    sources: Sequence[Source] | None = None,
-    labels: Sequence[str | int] = (),
-) -> tuple[list[EncodedRow], SupervisionReport]:
-    """Return the rows to train on and the figures of all rows.
-
-    Args:
-        groups: The rows of each example.
-        tokenizer: That encoded them.
-        origins: The source of each example.
-        sources: `data.sources`.
-        labels: `data.labels`, of a classifier.
-    """
-    rows = [row for group in groups for row in group]
-    kept = [row for row in rows if row.dropped_reason is None]
-    lengths = sorted(row.tokens for row in kept) or [0]
-    tokens = sum(lengths)
-    supervised = sum(row.supervised for row in kept)
-    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    ended = sum(_last_supervised(row) in ends for row in kept)
-    bos = tokenizer.bos_token_id
-    return kept, SupervisionReport(
-        rows=len(rows),
-        kept=len(kept),
-        dropped=_dropped(rows),
-        tokens=tokens,
-        supervised_tokens=supervised,
-        share=supervised / tokens if tokens else 0.0,
-        truncated_answers=sum(row.truncated for row in kept),
-        cut_prompts=sum(row.prompt_cut for row in kept),
-        eos_supervised=ended / len(kept) if kept else 0.0,
-        doubled_bos=sum(bos is not None and row.input_ids[:2] == [bos, bos] for row in kept),
-        pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
-        split_conversations=sum(sum(_is_sequence(row) for row in group) > 1 for group in groups),
-        longest=lengths[-1],
-        median=lengths[len(lengths) // 2],
-        p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
-        sources=_by_source(groups, origins, sources or (), tokens),
-        classes=_classes(kept, labels),
-    )
-
-
 def refuse(found: SupervisionReport, data: DataSection) -> None:
     """Raise where too little of the data is left to train on.
 
@@ -238,55 +187,7 @@ def refuse(found: SupervisionReport, data: DataSection) -> None:
     raise wrong("data", f"{dropped} of {found.rows} rows have nothing to train on, {what} ({reasons})", hint)
 
 
-def _by_source(
-    groups: Sequence[Sequence[EncodedRow]], origins: Sequence[int | None], sources: Sequence[Source], all_tokens: int
-) -> tuple[SourceReport, ...]:
-    if not any(origin is not None for origin in origins):  # rows of `data.eval` come from no source
-        return ()
-    kept: list[list[EncodedRow]] = [[] for _ in sources]
-    for origin, group in zip(origins, groups, strict=True):
-        if origin is not None:
-            kept[origin] += [row for row in group if row.dropped_reason is None]
-    return tuple(_source_report(source, rows, all_tokens) for source, rows in zip(sources, kept, strict=True))
-
-
-def _source_report(source: Source, rows: Sequence[EncodedRow], all_tokens: int) -> SourceReport:
-    tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised for row in rows)
-    return SourceReport(
-        path=source.path,
-        weight=source.weight,
-        rows=len(rows),
-        tokens=tokens,
-        share=tokens / all_tokens if all_tokens else 0.0,
-        supervised_tokens=supervised,
-        supervised_share=supervised / tokens if tokens else 0.0,
-    )
-
-
-def _classes(rows: Sequence[EncodedRow], labels: Sequence[str | int]) -> dict[str, int]:
-    if not any(row.classes for row in rows):
-        return {}
-    counts = Counter(label for row in rows for label in row.labels)
-    return {str(label): counts[i] for i, label in enumerate(labels)}
-
-
-def _dropped(rows: Sequence[EncodedRow]) -> dict[str, Dropped]:
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        if row.dropped_reason:
-            places.setdefault(row.dropped_reason, []).append(row.where)
-    return {reason: Dropped(len(found), tuple(found[:_PLACES])) for reason, found in places.items()}
-
-
 def _counted(dropped: Dropped) -> str:
     """Return e.g. `5 rows (a.jsonl:3, a.jsonl:9, a.jsonl:12, ...)`."""
     more = ", ..." if dropped.count > len(dropped.places) else ""
     return f"{dropped.count:,} row{'s' * (dropped.count != 1)} ({', '.join(dropped.places)}{more})"
-
-
-def _is_sequence(row: EncodedRow) -> bool:
-    return row.dropped_reason is None and not row.paired and not row.classes
-
-
-def _last_supervised(row: EncodedRow) -> int | None:
-    return next((label for label in reversed(row.labels) if label != IGNORED), None)

@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -36,6 +38,7 @@ LEAST_BYTES = 4 * 2**20
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _FLAGS = ("truncated", "paired", "prompt_cut", "classes")
 _REPORT, _FINGERPRINT = b"report", b"fingerprint"
+_NUMBERS = count()
 
 
 class RowTable(Sequence[EncodedRow]):
@@ -46,8 +49,8 @@ class RowTable(Sequence[EncodedRow]):
     """
 
     def __init__(self, table: pyarrow.Table):
-        self.table = table.combine_chunks()  # which copies nothing, as there is only one
-        self.ids, self.labels = (_Lists(self.table[name].chunk(0)) for name in ("ids", "labels"))
+        self.table = table
+        self.ids, self.labels = (_Lists(table[name].chunks) for name in ("ids", "labels"))
 
     @overload
     def __getitem__(self, i: int) -> EncodedRow: ...
@@ -74,15 +77,14 @@ class RowTable(Sequence[EncodedRow]):
     def sizes(self) -> list[Size]:
         """The size of each row."""
         paired = self.table["paired"].to_numpy(zero_copy_only=False)
-        inputs, supervised = self.ids.lengths, self.labels.counts(self.labels.values != IGNORED)
+        inputs, supervised = self.ids.lengths, self.labels.supervised
         tokens = inputs + np.where(paired, self.labels.lengths, 0)
         return list(map(Size, inputs.tolist(), tokens.tolist(), supervised.tolist()))
 
-    @cached_property
-    def keys(self) -> list[bytes]:
+    @property
+    def keys(self) -> Iterator[bytes]:
         """A digest of the tokens and labels of each row."""
-        keys: list[bytes] = self.table["key"].to_pylist()
-        return keys
+        return (key for chunk in self.table["key"].chunks for key in chunk.to_pylist())
 
     @property
     def report(self) -> SupervisionReport:
@@ -112,22 +114,28 @@ def sizes_of(rows: Sequence[EncodedRow]) -> list[Size]:
 
 
 class _Lists:
-    """Lists of numbers, cut out of one array."""
+    """Lists of numbers, cut out of a few long arrays."""
 
-    def __init__(self, column: Any):
-        self.bounds = column.offsets.to_numpy()
-        self.values = column.values.to_numpy()
+    def __init__(self, columns: Sequence[Any]):
+        self.bounds = [column.offsets.to_numpy() for column in columns]
+        self.values = [column.values.to_numpy() for column in columns]
+        self.firsts = np.cumsum([0, *map(len, columns)]).tolist()
 
     def __getitem__(self, i: int) -> list[int]:
-        return self.values[self.bounds[i] : self.bounds[i + 1]].tolist()
+        part = bisect_right(self.firsts, i) - 1
+        first, last = self.bounds[part][i - self.firsts[part] :][:2]
+        numbers: list[int] = self.values[part][first:last].tolist()
+        return numbers
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.bounds)
+        return np.concatenate([np.diff(bounds) for bounds in self.bounds])
 
-    def counts(self, chosen: np.ndarray) -> np.ndarray:
-        """Return how many numbers of each list are chosen."""
-        return np.diff(np.concatenate([[0], np.cumsum(chosen)])[self.bounds])
+    @property
+    def supervised(self) -> np.ndarray:
+        """How many numbers of each list are trained on."""
+        sums = (np.concatenate([[0], np.cumsum(values != IGNORED)]) for values in self.values)
+        return np.concatenate([np.diff(sums[bounds]) for sums, bounds in zip(sums, self.bounds, strict=True)])
 
 
 def table_file(root: Path, data: DataSection, tokenizer: PreTrainedTokenizerBase, task: Task, seed: int) -> Path | None:
@@ -159,58 +167,91 @@ def read(file: Path) -> RowTable | None:
     import pyarrow
 
     with contextlib.suppress(OSError, pyarrow.ArrowException, KeyError):
-        return RowTable(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
+        return RowTable(opened(file))
     return None
 
 
-def write(
-    file: Path,
-    rows: Sequence[EncodedRow],
-    report: SupervisionReport,
-    fingerprint: str,
-    keys: Sequence[bytes],
-) -> None:
-    """Write rows aside and rename; a table that can't be written costs time in the next run and nothing else.
+def opened(file: Path) -> pyarrow.Table:
+    """Return a table that is mapped into memory."""
+    import pyarrow
+
+    return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+
+
+def write(file: Path, parts: Iterable[pyarrow.Table], report: SupervisionReport, fingerprint: str) -> None:
+    """Write rows aside and rename.
 
     Args:
         file: Where to.
-        rows: That are trained on, without wrong answers.
+        parts: The rows, as `batch` makes them.
         report: About them.
         fingerprint: Of all of them.
+
+    Raises:
+        OSError: The disk is full, or the folder can't be written to.
+    """
+    about = {_REPORT: _reports().dump_json(report), _FINGERPRINT: fingerprint.encode()}
+    with aside(file) as place:
+        with writer(place, schema().with_metadata(about)) as sink:
+            for part in parts:
+                sink.write_table(part)
+        os.replace(place, file)
+
+
+@contextlib.contextmanager
+def aside(file: Path) -> Iterator[Path]:
+    """Yield a name beside a file for this process alone; what still has that name in the end is removed."""
+    place = file.with_name(f".{file.name}.{os.getpid()}.{next(_NUMBERS)}")
+    try:
+        yield place
+    finally:
+        place.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writer(file: Path, form: pyarrow.Schema) -> Iterator[Any]:
+    """Yield what writes parts of a table to a file."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, form) as parts:
+        yield parts
+
+
+def schema() -> pyarrow.Schema:
+    """Return the columns of a table."""
+    import pyarrow
+
+    numbers = pyarrow.large_list(pyarrow.int32())
+    columns = {"ids": numbers, "labels": numbers, "where": pyarrow.large_string(), "source": pyarrow.int32()}
+    return pyarrow.schema({**columns, "key": pyarrow.binary(32), **dict.fromkeys(_FLAGS, pyarrow.bool_())})
+
+
+def batch(rows: Sequence[EncodedRow], keys: Iterable[bytes]) -> pyarrow.RecordBatch:
+    """Return rows without wrong answers as a part of a table.
+
+    Args:
+        rows: Of any number.
         keys: A digest of each.
     """
     import pyarrow
 
     columns = {
-        "ids": _lists(row.input_ids for row in rows),
-        "labels": _lists(row.labels for row in rows),
-        "where": pyarrow.array((row.where for row in rows), pyarrow.large_string()),
-        "source": pyarrow.array((row.source for row in rows), pyarrow.int32()),
+        "ids": _lists([row.input_ids for row in rows]),
+        "labels": _lists([row.labels for row in rows]),
         "key": pyarrow.array(keys, pyarrow.binary(32)),
-        **{flag: pyarrow.array((getattr(row, flag) for row in rows), pyarrow.bool_()) for flag in _FLAGS},
     }
-    about = {_REPORT: _reports().dump_json(report), _FINGERPRINT: fingerprint.encode()}
-    table = pyarrow.table(columns).replace_schema_metadata(about)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError, pyarrow.ArrowException):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with pyarrow.OSFile(str(aside), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
-            os.replace(aside, file)
-        finally:
-            aside.unlink(missing_ok=True)
+    form = schema()
+    for name in form.names:
+        if name not in columns:
+            columns[name] = pyarrow.array([getattr(row, name) for row in rows], form.field(name).type)
+    return pyarrow.RecordBatch.from_arrays([columns[name] for name in form.names], schema=form)
 
 
-def _lists(lists: Iterable[list[int]]) -> Any:
+def _lists(lists: Sequence[list[int]]) -> Any:
     import pyarrow
 
-    lengths, parts = [0], []
-    for numbers in lists:
-        parts.append(np.array(numbers, dtype=np.int32))
-        lengths.append(len(numbers))
-    values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-    return pyarrow.LargeListArray.from_arrays(np.cumsum(lengths), values)
+    values = np.concatenate([np.zeros(0, np.int32), *(np.array(numbers, dtype=np.int32) for numbers in lists)])
+    return pyarrow.LargeListArray.from_arrays(np.cumsum([0, *map(len, lists)]), values)
 
 
 def _reports() -> TypeAdapter[SupervisionReport]:

@@ -25,7 +25,7 @@ from peftctl.recipe.nodes import (
     key_place,
     plain,
 )
-from peftctl.recipe.schema import NOT_YET, Recipe
+from peftctl.recipe.schema import NOT_NEEDED, Recipe
 from peftctl.recipe.tree import resolve_scalar
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -109,9 +109,8 @@ def describe(model: type[BaseModel], errors: Errors, context: Context) -> Iterat
 def unknown_key(path: Path, known: Iterable[str], context: Context) -> Finding:
     """Return the finding for a key that the schema does not have."""
     key, name, place = str(path[-1]), dotted(path), key_place(context.root, path)
-    if name in NOT_YET:
-        verb = "are" if NOT_YET[name].endswith("s") else "is"
-        return Finding(place, f"{name}: {NOT_YET[name]} {verb} not in this version", "remove it")
+    if name in NOT_NEEDED:
+        return Finding(place, f"{name}: not needed: {NOT_NEEDED[name]}", "remove it")
     near = did_you_mean_one(key, known)
     home = f"`{key}` belongs to {context.homes[key]}" if key in context.homes and len(path) <= 2 else ""
     hint = "; ".join(part for part in (near, home) if part)

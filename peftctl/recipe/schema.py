@@ -225,8 +225,8 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
 
 
-# Keys of the recipe language that this version can't honour yet: refused by name rather than as typing errors.
-NOT_YET = {
-    "data.streaming": "streaming",
-    "train.max_tokens_per_batch": "token-budget batches",
+# Keys of other tools, and of the recipe language's design, for what is done without being asked for: refused by name.
+NOT_NEEDED = {
+    "data.streaming": "rows of large files are encoded part by part to a table on disk and read from there",
+    "train.max_tokens_per_batch": "train.tokens_per_pass bounds what is in memory without changing the rows of a step",
 }

@@ -22,7 +22,11 @@ sys.path.insert(0, str(ROOT))  # peftctl, from wherever this is run
 UNTIMED = 2
 """First steps, whose allocations are not the loop's speed."""
 HELD_OUT = 64
+SPREAD = 0.31
+"""Deviation of the logarithm of a row's length: random batches of 8 are padded by 51%, as real word problems are."""
 DATA = ("requests_train", "rewrite_train", "alpaca_train")
+LONGEST = 8192
+"""Tokens that the demo model has positions for."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Work:
     Args:
         recipe: Of the repository.
         overrides: Of the recipe.
-        row_tokens: Mean length of a row; rows spread evenly over half of it to one and a half.
+        row_tokens: Mean length of a row; see `SPREAD`.
         supervised: Share of a row that is trained on.
         batch_size: Rows an optimizer step.
         steps: Optimizer steps that are timed.
@@ -91,7 +95,8 @@ def recipe_of(work: Work, folder: Path, held_out: str = "null") -> Any:
     import peftctl
 
     overrides = [f"data.train={folder / 'train.jsonl'}", f"data.eval={held_out}", "data.format=prompt_completion"]
-    overrides += ["data.template='{prompt}'", f"data.max_length={2 * work.row_tokens}", "data.loss_on=completion"]
+    longest = min(4 * work.row_tokens, LONGEST)
+    overrides += ["data.template='{prompt}'", f"data.max_length={longest}", "data.loss_on=completion"]
     overrides += [f"train.output_dir={folder / 'run'}", f"train.batch_size={work.batch_size}", "train.logging_steps=1"]
     overrides += ["train.epochs=1", "train.save_steps=1000000", "train.scheduler=constant", "train.warmup_ratio=null"]
     overrides += [f"model.name_or_path={folder / 'model'}"] if work.vocabulary else []
@@ -128,7 +133,7 @@ def texts(value: Any) -> Iterator[str]:
 
 def row(work: Work, draw: random.Random, words: Iterator[str], tokenizer: Any) -> dict[str, str]:
     """Return a prompt and a completion of the lengths that are wanted."""
-    length = draw.uniform(0.5, 1.5) * work.row_tokens
+    length = draw.lognormvariate(-(SPREAD**2) / 2, SPREAD) * work.row_tokens
     completion = max(2, round(length * work.supervised))
     parts = {"prompt": max(1, round(length) - completion), "completion": completion - 1}  # its end token comes on top
     made = {}

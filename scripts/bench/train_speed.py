@@ -53,7 +53,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, for both loops")
     parser.add_argument("--recipe", default="lora")
-    parser.add_argument("--row-tokens", type=int, default=Work.row_tokens, help="mean; rows vary by half of it")
+    parser.add_argument(
+        "--row-tokens", type=int, default=Work.row_tokens, help="mean; random batches are padded by half"
+    )
     parser.add_argument("--supervised", type=float, default=Work.supervised, help="share of a row that is trained on")
     parser.add_argument("--batch-size", type=int, default=Work.batch_size)
     parser.add_argument("--steps", type=int, default=Work.steps, help="optimizer steps that are timed")

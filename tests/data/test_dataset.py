@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from peftctl.data.dataset import encode_all, fingerprint, load_examples, overlap
+from peftctl.data.dataset import encode_all, fingerprint, overlap
 from peftctl.data.encode import EncodedRow
+from peftctl.data.examples import load_examples
 from peftctl.errors import DataError
 from tests.data import styles
 from tests.data.rows import ONE_TURN, TWO_TURNS, assistant, example, section, system, user

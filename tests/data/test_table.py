@@ -8,8 +8,9 @@ import time
 import pytest
 
 from peftctl.commands.prepare import refuse_leak
-from peftctl.data import dataset, table, workers
-from peftctl.data.dataset import encode_all, fingerprint, load_examples, overlap, training_rows
+from peftctl.data import examples, stream, table, workers
+from peftctl.data.dataset import encode_all, fingerprint, overlap, training_rows
+from peftctl.data.examples import load_examples
 from peftctl.data.table import RowTable, sizes_of, table_file
 from peftctl.errors import DataError, UsageError
 from peftctl.recipe.schema import DataSection
@@ -48,7 +49,8 @@ def refuse_reading(monkeypatch):
     def refuse(*_):
         raise AssertionError("the file was read")
 
-    monkeypatch.setattr(dataset, "read_rows", refuse)
+    monkeypatch.setattr(examples, "read_rows", refuse)
+    monkeypatch.setattr(stream, "rows_one_by_one", refuse)
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq_lm"])
@@ -180,7 +182,7 @@ def test_several_processes_encode_as_one_does(tmp_path, monkeypatch):
     examples = load_examples(data, 0).train
     alone, report = encode_all(examples, tiny_tokenizer(), data)
     monkeypatch.setattr(workers, "LEAST_EXAMPLES", 10)
-    monkeypatch.setattr(workers, "_PART", 7)
+    monkeypatch.setattr(workers, "PART", 7)
     before = dict(os.environ)
     together, together_report = encode_all(examples, tiny_tokenizer(), data, workers=2)
     assert (together, together_report) == (alone, report)
@@ -193,7 +195,7 @@ def test_their_problems_are_told_in_the_order_of_the_rows(tmp_path, monkeypatch)
     data = DataSection(train=str(tmp_path / "rows.jsonl"), format="labelled_text", labels=["x", "y"], max_length=8)
     examples = load_examples(data, 0).train
     monkeypatch.setattr(workers, "LEAST_EXAMPLES", 10)
-    monkeypatch.setattr(workers, "_PART", 7)
+    monkeypatch.setattr(workers, "PART", 7)
     told = []
     for count in (1, 2):
         with pytest.raises(DataError) as error:
@@ -227,7 +229,7 @@ def test_without_one_of_the_processes_the_others_work_is_done_here(tmp_path, mon
     examples = load_examples(data, 0).train
     alone, _ = encode_all(examples, tiny_tokenizer(), data)
     monkeypatch.setattr(workers, "LEAST_EXAMPLES", 10)
-    monkeypatch.setattr(workers, "_encode_part", die)
+    monkeypatch.setattr(workers, "_call", die)
     together, _ = encode_all(examples, tiny_tokenizer(), data, workers=2)
     assert together == alone
 

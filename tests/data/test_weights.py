@@ -8,7 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from peftctl.data import cache as caching
-from peftctl.data.dataset import encode_all, fingerprint, load_examples
+from peftctl.data.dataset import encode_all, fingerprint
+from peftctl.data.examples import load_examples
 from peftctl.data.prompts import generation_prompts
 from peftctl.errors import DataError
 from tests.data import styles

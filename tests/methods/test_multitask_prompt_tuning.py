@@ -10,8 +10,9 @@ from pydantic import ValidationError
 import peftctl
 from peftctl.artifacts.load import load
 from peftctl.data.collate import Collator
-from peftctl.data.dataset import encode_all, load_examples
+from peftctl.data.dataset import encode_all
 from peftctl.data.encode import EncodedRow
+from peftctl.data.examples import load_examples
 from peftctl.errors import UsageError
 from peftctl.methods._tasks import names_of_sources
 from peftctl.methods.multitask_prompt_tuning import Config, Method, task_prompts

@@ -34,6 +34,7 @@ def test_integers_are_numbers_and_scalars_of_yaml_1_2(here):
         ("  r: 4", "  alhpa: 4", "x.yaml:6:3: method.alhpa: unknown key; did you mean 'alpha'?"),
         ("  r: 4", "  learning_rate: 4", "x.yaml:6:3: method.learning_rate: unknown key; `learning_rate` belongs to `train`"),
         ("  r: 4", "  batch_size: 4", "x.yaml:6:3: method.batch_size: unknown key; `batch_size` belongs to `train` or `eval`"),
+        ("  learning_rate: 2e-4", "  max_tokens_per_batch: 64", "x.yaml:11:3: train.max_tokens_per_batch: not needed: train.tokens_per_pass bounds what is in memory without changing the rows of a step; remove it"),
         ("model:", "max_lenght: 1\nmodel:", "x.yaml:2:1: max_lenght: unknown key; known: backend, data, eval, method, model, quantization, train"),
         ("model:", "evla: {}\nmodel:", "x.yaml:2:1: evla: unknown key; did you mean 'eval'?"),
         ("model:", "train.epochs: 1\nmodel:", "x.yaml:2:1: train.epochs: unknown key; write nested sections; dotted keys are for the command line"),
