@@ -1,14 +1,13 @@
 """Train every method's recipe on the demo model for the same number of tokens, and write README's table of results.
 
     python scripts/method_table.py [NAME ...] [--jobs 2] [--tokens 12000] [--threads 1]
-    python scripts/method_table.py --speed
+    python scripts/method_table.py --write
 
 Of each method: four short runs on a grid of learning rates (a third, one, three and ten times the recipe's), then three
 seeds at the best of them, or at the next best where they differ by more than they are better than the base. Measured
 are the held-out loss on 200 rows, teacher-forced, and exact match (or accuracy) of 64 answers, before and after; the
-share that trains, and the size of the result. `--speed` measures tokens a second and peak memory of the rows that lack
-them, one method after the other on all cores: nothing else may run then. `dtype: auto` gives the base the type that the
-machine multiplies fast, bfloat16 or float32; the row says which.
+share that trains, and the size of the result. `dtype: auto` gives the base the type that the machine multiplies fast,
+bfloat16 or float32; the row says which. What a step of each costs is what `bench/cost.py method` measures.
 
 A row is kept in scripts/method_table/ with a hash of the recipe, its data and the method's code, so an interrupted
 table goes on, and only what has changed is run again. `--write` puts the rows that are there into README.md.
@@ -53,16 +52,12 @@ EVAL_ROWS, GRID_EVAL_ROWS, ANSWERS = 200, 32, 64
 def main() -> None:
     options = parse()
     if options.worker:
-        print(json.dumps((speed if options.speed else measure)(options.worker, options.tokens)))
+        print(json.dumps(measure(options.worker, options.tokens)))
         return
     from peftctl.methods import registry
 
     names = options.names or list(registry.names())
-    if options.speed:
-        for name in names:
-            if (ROWS / f"{name}.json").is_file() and "tokens_per_second" not in read(name):
-                run_worker(name, options)
-    elif not options.write:
+    if not options.write:
         missing = [name for name in names if not up_to_date(name, options)]
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda name: run_worker(name, options), missing))
@@ -79,7 +74,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12_000, help="training tokens of a run, padding excluded")
     parser.add_argument("--jobs", type=int, default=2, help="methods that are measured at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--speed", action="store_true", help="measure speed and memory of the rows that lack them")
     parser.add_argument("--write", action="store_true", help="run nothing; put the rows that are there into README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -90,18 +84,12 @@ def run_worker(name: str, options: argparse.Namespace) -> None:
     digest = digest_of(name, options)  # of the code as it is before the run
     began = time.monotonic()
     command = [sys.executable, __file__, "--worker", name, "--tokens", str(options.tokens)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    if options.speed:
-        command.append("--speed")
-        environment.pop("OMP_NUM_THREADS", None)
-    else:
-        environment["OMP_NUM_THREADS"] = str(options.threads)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:
         print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return
-    earlier = read(name) if options.speed else {"made_of": digest}
-    row = {**earlier, **json.loads(done.stdout.splitlines()[-1])}
+    row = {"made_of": digest, **json.loads(done.stdout.splitlines()[-1])}
     ROWS.mkdir(exist_ok=True)
     (ROWS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     print(f"{name}: {(time.monotonic() - began) / 60:.1f} min {row}", flush=True)
@@ -187,16 +175,6 @@ def measure(name: str, tokens: int) -> dict[str, Any]:
     return row(recipe, base, best, losses, figures[metric], first, metric) | {"grid": grid}
 
 
-def speed(name: str, tokens: int) -> dict[str, Any]:
-    """Return the tokens a second and the peak memory of a third of a run at the row's learning rate."""
-    import peftctl
-
-    recipe = peftctl.load_recipe(ROOT / "recipes" / f"{name}.yaml", builds_on(name))
-    steps = max(4, round(tokens / BATCH_SIZE / mean_tokens(recipe) / 3))
-    run = fitted(name, 0, read(name)["learning_rate"], steps, read(name)["dtype"])
-    return {key: run[key] for key in ("tokens_per_second", "peak_memory_bytes")}
-
-
 def trained(
     name: str, recipe: Any, seed: int, rate: float | None, steps: int | None, metrics: list[str], rows: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -205,12 +183,11 @@ def trained(
     return run, evaluated(str(RUNS / name), recipe, metrics, rows)
 
 
-def fitted(name: str, seed: int, rate: float | None, steps: int | None, dtype: str | None = None) -> dict[str, Any]:
+def fitted(name: str, seed: int, rate: float | None, steps: int | None) -> dict[str, Any]:
     """Train a recipe; return its summary.json, with the base's type."""
     import peftctl
 
-    overrides = [f"train.output_dir={RUNS / name}", "data.eval=null", *([f"model.dtype={dtype}"] if dtype else [])]
-    overrides += builds_on(name)
+    overrides = [f"train.output_dir={RUNS / name}", "data.eval=null", *builds_on(name)]
     if rate is not None:
         overrides += [f"train.learning_rate={rate}", f"train.max_steps={steps}", f"train.batch_size={BATCH_SIZE}"]
         overrides += [f"train.seed={seed}", "train.gradient_accumulation=1"]
@@ -309,9 +286,8 @@ def row(
 
 def render(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown, best held-out loss first; classifiers below the language models."""
-    head = "| method | loss after (spread of 3 seeds) | {} | learning rate | trains | base "
-    head += "| peak memory | tokens/s | result |\n"
-    head += "|---|---|---|---|---|---|---|---|---|\n"
+    head = "| method | loss after (spread of 3 seeds) | {} | learning rate | trains | base | result |\n"
+    head += "|---|---|---|---|---|---|---|\n"
     text = ""
     for metric, title in (("exact_match", "exact match"), ("accuracy", "accuracy")):
         chosen = {name: row for name, row in rows.items() if row["metric"] == metric}
@@ -325,7 +301,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
 
 def base_line(row: dict[str, Any]) -> str:
     name = "base" if row["metric"] == "exact_match" else "chance"
-    return f"| ({name}) | {row['loss_before']:.3f} | {row['metric_before']:.1%} | | | | | | |\n"
+    return f"| ({name}) | {row['loss_before']:.3f} | {row['metric_before']:.1%} | | | | |\n"
 
 
 def line(name: str, row: dict[str, Any]) -> str:
@@ -339,8 +315,6 @@ def line(name: str, row: dict[str, Any]) -> str:
         rate,
         f"{row['share']:.3%}",
         row["dtype"],
-        "–" if "peak_memory_bytes" not in row else f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
-        "–" if row.get("tokens_per_second") is None else f"{row['tokens_per_second']:.0f}",
         size(row["adapter_bytes"]),
     ]
     return f"| {' | '.join(cells)} |\n"

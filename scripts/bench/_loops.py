@@ -6,6 +6,7 @@ A measurement is a process of its own, which prints a line of JSON: `python scri
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # peftctl, from wherever this is run
 UNTIMED = 2
 """First steps, whose allocations are not the loop's speed."""
-HELD_OUT = 64
 SPREAD = 0.31
 """Deviation of the logarithm of a row's length: random batches of 8 are padded by 51%, as real word problems are."""
 DATA = ("requests_train", "rewrite_train", "alpaca_train")
@@ -40,6 +40,7 @@ class Work:
         supervised: Share of a row that is trained on.
         batch_size: Rows an optimizer step.
         steps: Optimizer steps that are timed.
+        held_out: Rows whose loss is measured in the end; 0 leaves it out.
         vocabulary: Of a random model of SmolLM2's shape that is trained instead; None trains the recipe's.
     """
 
@@ -49,6 +50,7 @@ class Work:
     supervised: float = 0.59
     batch_size: int = 8
     steps: int = 10
+    held_out: int = 64
     vocabulary: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -85,7 +87,7 @@ def write_rows(work: Work, folder: Path) -> None:
         save_random_model(model, work.vocabulary, folder / "model")
     draw = random.Random(0)
     words, tokenizer = word_stream(draw), tokenizer_of(model)
-    for name, count in (("train", (work.steps + UNTIMED) * work.batch_size), ("eval", HELD_OUT)):
+    for name, count in (("train", (work.steps + UNTIMED) * work.batch_size), ("eval", max(work.held_out, 1))):
         rows = (row(work, draw, words, tokenizer) for _ in range(count))
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
@@ -204,10 +206,11 @@ def run_peftctl(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
                 clock.step()
 
     summary = peftctl.train(recipe_of(work, folder), reporter=Watch(), fresh=True).summary
-    held_out = peftctl.evaluate(str(folder / "run"), [f"data.eval={folder / 'eval.jsonl'}", "eval.metrics=[loss]"])
-    return clock.result(
-        summary["train_tokens"], summary["supervised_tokens"], summary["peak_memory_bytes"], held_out.metrics["loss"]
-    )
+    loss = math.nan
+    if work.held_out:
+        overrides = [f"data.eval={folder / 'eval.jsonl'}", "eval.metrics=[loss]"]
+        loss = peftctl.evaluate(str(folder / "run"), overrides).metrics["loss"]
+    return clock.result(summary["train_tokens"], summary["supervised_tokens"], summary["peak_memory_bytes"], loss)
 
 
 def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
@@ -256,7 +259,9 @@ def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
     device.reset_peak_memory()
     trainer.train()
     peak = device.peak_memory_bytes()
-    loss = float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
+    loss = math.nan
+    if work.held_out:
+        loss = float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
     tokens = sum(len(row["input_ids"]) for row in rows)
     supervised = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
     return clock.result(tokens, supervised, peak, loss)

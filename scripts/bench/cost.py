@@ -30,13 +30,17 @@ NEEDS_MORE = frozenset({"adapter_fusion", "intrinsic_prompt_tuning", "hard_promp
 
 def main() -> None:
     options = parse()
-    plain = Work(steps=options.steps)
+    plain = Work(steps=options.steps, held_out=0)
     loops = ("peftctl",) if options.axis in ("method", "drop") else ("bare", "peftctl")
     rows = []
     for label, work in points(options.axis, plain, options.names):
         with tempfile.TemporaryDirectory() as folder:
             write_rows(work, Path(folder))
-            found = {loop: measured(loop, work, Path(folder)) for loop in loops}
+            try:
+                found = {loop: measured(loop, work, Path(folder)) for loop in loops}
+            except SystemExit as failed:  # the other points are worth their time all the same
+                print(f"{label}: {failed}", file=sys.stderr, flush=True)
+                continue
         rows.append((label, found))
         print(line(label, found), flush=True)
     text = table(options.axis, rows, loops)
