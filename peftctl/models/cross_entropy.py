@@ -111,9 +111,10 @@ def _derivative_(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float) ->
 
 
 def _spans(rows: torch.Tensor, sizes: dict[str, int], width: int | None = None) -> Iterator[slice]:
-    """Yield the rows, as many at a time as have that many numbers of their width."""
-    size = max(1, sizes["cpu" if rows.device.type == "cpu" else "gpu"] // (width or rows.shape[1]))
-    return (slice(first, first + size) for first in range(0, len(rows), size))
+    """Yield the rows, equally many at a time, at most as many as have that many numbers of their width."""
+    most = max(1, sizes["cpu" if rows.device.type == "cpu" else "gpu"] // (width or rows.shape[1]))
+    size = -(-len(rows) // max(1, -(-len(rows) // most)))
+    return (slice(first, first + size) for first in range(0, len(rows), max(1, size)))
 
 
 def _wide(logits: torch.Tensor) -> torch.dtype:

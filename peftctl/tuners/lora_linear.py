@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peftctl.models.quantize import is_quantized
+from peftctl.tuners.lora_products import LoraProducts, fits
 
 
 def training_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
@@ -63,8 +64,11 @@ class LeanTraining:
         b: torch.Tensor = self.lora_B[name].weight
         if self.training_factors is not None:
             a, b = self.training_factors(a, b)
-        low = functional.linear(self.lora_dropout[name](x), a.to(x.dtype))
-        return self.base_layer(x) + functional.linear(low, (b * self.scaling[name]).to(x.dtype))
+        a, b = a.to(x.dtype), (b * self.scaling[name]).to(x.dtype)
+        dropout, base = self.lora_dropout[name], self.base_layer
+        if isinstance(dropout, nn.Identity) and fits(base, x):
+            return LoraProducts.apply(x, a, b, base.weight, base.bias)
+        return base(x) + functional.linear(functional.linear(dropout(x), a), b)
 
     def _plain_training(self: Any) -> bool:
         one_plain_adapter = len(self.active_adapters) == 1 and not self.lora_variant

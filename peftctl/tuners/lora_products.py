@@ -1,0 +1,64 @@
+"""A frozen linear layer and its LoRA as one operation: nothing as large as its output is made only to be added.
+
+    y = W x + b + B A x
+
+Autograd's own way makes B A x beside W x and adds them, and in the backward pass A^T B^T g beside W^T g. On long rows
+that is memory traffic, which takes longer than these products themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def fits(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer is a plain frozen Linear that nobody watches, and its product with x is not cast."""
+    return (
+        type(base) is nn.Linear
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and base.weight.dtype == x.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class LoraProducts(torch.autograd.Function):
+    """y = W x + b + B A x, for W and b that do not train; keeps x, A x and views of the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return y of shape (..., d_out).
+
+        Args:
+            ctx: The library's.
+            x: (..., d_in).
+            a: A, (r, d_in), in the type of x.
+            b: B with its scale, (d_out, r), in the type of x.
+            weight: W, (d_out, d_in).
+            bias: (d_out,), or None.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.T
+        ctx.save_for_backward(rows, low, a, b, weight)
+        return functional.linear(rows, weight, bias).addmm_(low, b.T).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of x, A and B."""
+        rows, low, a, b, weight = ctx.saved_tensors
+        g = upstream.reshape(-1, upstream.shape[-1])
+        for_low = g @ b
+        for_x = for_b = None
+        if ctx.needs_input_grad[0]:
+            for_x = (g @ weight).addmm_(for_low, a).view(*upstream.shape[:-1], rows.shape[-1])
+        if ctx.needs_input_grad[2]:
+            for_b = (low.T @ g).T
+        return for_x, for_low.T @ rows if ctx.needs_input_grad[1] else None, for_b, None, None
