@@ -215,6 +215,7 @@ def _slices(rows: pyarrow.Table, pieces: Sequence[_Piece]) -> Iterator[pyarrow.T
                 end = min(first + ROWS, piece.end)
                 part = rows.slice(first, end - first).combine_chunks()
                 if number == piece.copies:
-                    part = part.take(again[(first <= again) & (again < end)] - first)
+                    low, high = np.searchsorted(again, [first, end])
+                    part = part.take(again[low:high] - first)
                 if part.num_rows:
                     yield part
