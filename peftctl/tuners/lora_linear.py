@@ -53,6 +53,8 @@ class LeanTraining:
         down, up = self.fixed_factors.beside(a, self.lora_B[name].weight)
         wide = x if self.training else x.to(a.dtype)
         down, up = down.to(wide.dtype), (up * self.scaling[name]).to(wide.dtype)
+        if self.training and self._as_one_operation(x):
+            return LoraProducts.apply(x, down, up, self.base_layer.weight, self.base_layer.bias)
         low = functional.linear(self.lora_dropout[name](wide), down[: len(a)])
         low = torch.cat([low, functional.linear(wide, down[len(a) :])], dim=-1)
         result: torch.Tensor = self.base_layer(x)
@@ -65,10 +67,12 @@ class LeanTraining:
         if self.training_factors is not None:
             a, b = self.training_factors(a, b)
         a, b = a.to(x.dtype), (b * self.scaling[name]).to(x.dtype)
-        dropout, base = self.lora_dropout[name], self.base_layer
-        if isinstance(dropout, nn.Identity) and fits(base, x):
-            return LoraProducts.apply(x, a, b, base.weight, base.bias)
-        return base(x) + functional.linear(functional.linear(dropout(x), a), b)
+        if self._as_one_operation(x):
+            return LoraProducts.apply(x, a, b, self.base_layer.weight, self.base_layer.bias)
+        return self.base_layer(x) + functional.linear(functional.linear(self.lora_dropout[name](x), a), b)
+
+    def _as_one_operation(self: Any, x: torch.Tensor) -> bool:
+        return isinstance(self.lora_dropout[self.active_adapters[0]], nn.Identity) and fits(self.base_layer, x)
 
     def _plain_training(self: Any) -> bool:
         one_plain_adapter = len(self.active_adapters) == 1 and not self.lora_variant
