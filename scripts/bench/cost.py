@@ -1,6 +1,6 @@
 """Measure how the cost of a step grows along one axis, with peftctl and with the bare loop; write a table and a plot.
 
-    python scripts/bench/cost.py rows|supervised|vocabulary|rank [--steps 4] [--out FOLDER]
+    python scripts/bench/cost.py rows|supervised|vocabulary|rank [--steps 4] [--alone] [--out FOLDER]
     python scripts/bench/cost.py method [NAME ...]
     python scripts/bench/cost.py drop
 
@@ -31,7 +31,7 @@ NEEDS_MORE = frozenset({"adapter_fusion", "intrinsic_prompt_tuning", "hard_promp
 def main() -> None:
     options = parse()
     plain = Work(steps=options.steps, held_out=0)
-    loops = ("peftctl",) if options.axis in ("method", "drop") else ("bare", "peftctl")
+    loops = ("peftctl",) if options.alone or options.axis in ("method", "drop") else ("bare", "peftctl")
     rows = []
     for label, work in points(options.axis, plain, options.names):
         with tempfile.TemporaryDirectory() as folder:
@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("axis", choices=["rows", "supervised", "vocabulary", "rank", "method", "drop"])
     parser.add_argument("names", nargs="*", metavar="NAME", help="methods; left out, all")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps that are timed at a point")
+    parser.add_argument("--alone", action="store_true", help="without the bare loop")
     parser.add_argument("--out", type=Path, help="folder for the table and the plot")
     return parser.parse_args()
 
