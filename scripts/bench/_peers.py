@@ -1,7 +1,8 @@
 """Other tools as loops of a benchmark: each is run by its own command line, on the same rows, and only watched.
 
-A peer is `NAME=PROGRAM`, say `trl=/somewhere/bin/trl`; it may live in a virtual environment of its own. Its peak memory
-is the largest resident size of its largest process; its steps are told by the lines that it logs.
+A peer is `NAME=PROGRAM`, say `trl=/somewhere/bin/trl`; it may live in a virtual environment of its own. Unsloth, which
+is used as a library, is named by its Python. A peer's peak memory is the largest resident size of its largest process;
+its steps are told by the lines that it logs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 
 from _loops import UNTIMED, Clock, Work, recipe_of
 
-STEP = re.compile(r"['\"]loss['\"]: ")
-"""In the line that a Trainer logs after each step."""
+STEP = re.compile(r"['\"]loss['\"]: |iter time: .* \(step\)")
+"""In the line that a Trainer, or LitGPT, logs after each step."""
 
 
 def run_peer(name: str, program: str, work: Work, clock: Clock, folder: Path) -> dict[str, float]:
@@ -39,7 +40,7 @@ def run_peer(name: str, program: str, work: Work, clock: Clock, folder: Path) ->
 
     ready = prepare(recipe_of(work, folder, str(folder / "eval.jsonl")))
     output = folder / name
-    command = COMMANDS[name](program, ready.recipe, rows_alone(folder), output)
+    command = COMMANDS[name](program, ready.recipe, rows_alone(folder, name), output)
     clock.began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines, ends = [], []
@@ -55,29 +56,40 @@ def run_peer(name: str, program: str, work: Work, clock: Clock, folder: Path) ->
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     tokens = sum(len(row.input_ids) for row in ready.train_rows)
     supervised = sum(sum(label != -100 for label in row.labels[1:]) for row in ready.train_rows)
-    return {"wall s": round(wall, 2), **clock.result(tokens, supervised, peak, held_out(ready, output))}
+    loss = held_out(ready, TRAINED.get(name, with_adapter)(program, base_of(ready), output))
+    return {"wall s": round(wall, 2), **clock.result(tokens, supervised, peak, loss)}
 
 
-def rows_alone(folder: Path) -> Path:
-    """Return a folder with nothing but the training rows: some tools read all files beside them."""
-    alone = folder / "rows"
+def rows_alone(folder: Path, name: str) -> Path:
+    """Return a peer's folder with nothing but the training rows: some tools read all files beside them."""
+    alone = folder / f"{name}_rows"
     alone.mkdir(exist_ok=True)
     shutil.copy(folder / "train.jsonl", alone)
     return alone
 
 
-def held_out(ready: Any, adapter: Path) -> float:
-    """Return the loss on held-out rows of what a peer has saved, read back by plain peft."""
+def base_of(ready: Any) -> Any:
+    """Return the model that a peer has started from."""
     import torch
-    from peft import PeftModel
 
-    from peftctl.data.collate import Collator
-    from peftctl.evaluation.loss import held_out_loss
     from peftctl.models.load import load_model
 
-    base = load_model(ready.recipe.model, dtype=ready.recipe.model.dtype, device=torch.device("cpu"))
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
-    return float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
+    return load_model(ready.recipe.model, dtype=ready.recipe.model.dtype, device=torch.device("cpu"))
+
+
+def held_out(ready: Any, model: Any) -> float:
+    """Return the loss on held-out rows of what a peer has trained."""
+    from peftctl.data.collate import Collator
+    from peftctl.evaluation.loss import held_out_loss
+
+    return float(held_out_loss(model.eval(), ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
+
+
+def with_adapter(program: str, base: Any, output: Path) -> Any:
+    """Return the base with the adapter that a peer has saved, read back by plain peft."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(output))
 
 
 def model_of(recipe: Any) -> str:
@@ -124,8 +136,67 @@ def llamafactory(program: str, recipe: Any, rows: Path, output: Path) -> list[st
     return [program, "train", str(rows / "recipe.json")]
 
 
-COMMANDS = {"trl": trl, "llamafactory": llamafactory}
-PROGRAMS = {"trl": "trl", "llamafactory": "llamafactory-cli"}
+def unsloth(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
+    """Return the call of `_unsloth.py` by the Python that Unsloth is installed for."""
+    keys, train = recipe.method, recipe.train
+    options = {
+        "model": model_of(recipe), "dtype": recipe.model.dtype, "max_length": recipe.data.max_length,
+        "rows": str(rows / "train.jsonl"), "output": str(output), "seed": train.seed,
+        "lora": {"r": keys.r, "lora_alpha": keys.alpha, "lora_dropout": keys.dropout},
+        "train": {
+            "per_device_train_batch_size": train.batch_size, "num_train_epochs": train.epochs,
+            "gradient_accumulation_steps": train.gradient_accumulation, "learning_rate": train.learning_rate,
+            "lr_scheduler_type": train.scheduler,
+        },
+    }  # fmt: skip
+    return [program, str(Path(__file__).with_name("_unsloth.py")), json.dumps(options)]
+
+
+def litgpt(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
+    """Return LitGPT's command line, its copy of the model made; its learning rate falls along a cosine, always."""
+    keys, train = recipe.method, recipe.train
+    model = rows / "model"
+    if not model.exists():
+        shutil.copytree(model_of(recipe), model)
+        convert = [program, "convert_to_litgpt", str(model), "--model_name", LITGPT_MODEL]
+        subprocess.run([*convert, "--dtype", recipe.model.dtype], check=True, capture_output=True)
+        for name, taken in (("train", slice(None)), ("val", slice(1))):
+            read = map(json.loads, (rows / "train.jsonl").read_text(encoding="utf-8").splitlines())
+            samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in read]
+            (rows / f"{name}.json").write_text(json.dumps(samples[taken]), encoding="utf-8")
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": train.learning_rate, "weight_decay": 0.0}}
+    as_it_is = {"class_path": "litgpt.prompts.Default"}
+    options = {
+        "out_dir": output, "precision": "bf16-true" if recipe.model.dtype == "bfloat16" else "32-true",
+        "lora_r": keys.r, "lora_alpha": round(keys.alpha), "lora_dropout": keys.dropout,
+        **{f"lora_{part}": "true" for part in ("query", "key", "value", "projection", "mlp")},
+        "data": "JSON", "data.json_path": rows, "data.mask_prompt": "true", "data.prompt_style": json.dumps(as_it_is),
+        "train.global_batch_size": train.batch_size * train.gradient_accumulation,
+        "train.micro_batch_size": train.batch_size, "train.epochs": round(train.epochs),
+        "train.max_seq_length": recipe.data.max_length, "train.lr_warmup_steps": 1, "train.save_interval": 1_000_000,
+        "eval.interval": 1_000_000, "eval.final_validation": "false", "eval.max_new_tokens": 1,
+        "optimizer": json.dumps(optimizer), "seed": train.seed,
+    }  # fmt: skip
+    return [program, "finetune_lora", str(model), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def from_litgpt(program: str, base: Any, output: Path) -> Any:
+    """Return the model that LitGPT has merged its LoRA into."""
+    import torch
+
+    place = output / "hub"
+    subprocess.run([program, "convert_from_litgpt", str(output / "final"), str(place)], check=True, capture_output=True)
+    base.load_state_dict(torch.load(place / "model.pth", weights_only=True), strict=False)
+    return base
+
+
+COMMANDS = {"trl": trl, "llamafactory": llamafactory, "litgpt": litgpt, "unsloth": unsloth}
+PROGRAMS = {"trl": "trl", "llamafactory": "llamafactory-cli", "litgpt": "litgpt"}
+"""By which a peer that is installed here is found."""
+TRAINED = {"litgpt": from_litgpt}
+"""How to get what a peer has trained, where it is not an adapter for peft."""
+LITGPT_MODEL = "SmolLM2-135M-Instruct"
+"""LitGPT's name of the demo model."""
 
 
 def found_peers(named: list[str]) -> list[str]:

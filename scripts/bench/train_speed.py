@@ -1,7 +1,7 @@
 """Train the same LoRA on the same rows with peftctl, a bare Trainer + peft loop and other tools, in turns, and compare.
 
     python scripts/bench/train_speed.py [--recipe lora] [--row-tokens 223] [--supervised 0.59] [--steps 10] [--rounds 3]
-        [--peer trl=PROGRAM] [--peer llamafactory=PROGRAM]
+        [--peer trl=PROGRAM] [--peer litgpt=PROGRAM] [--peer unsloth=PYTHON] [--peer llamafactory=PROGRAM]
 
 Each turn is a process of its own. The bare loop is what one writes by hand: Trainer, get_peft_model,
 DataCollatorForSeq2Seq, rows in random order. Peers that are installed here take part with their own command lines,
