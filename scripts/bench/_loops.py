@@ -36,7 +36,8 @@ class Work:
     Args:
         recipe: Of the repository.
         overrides: Of the recipe.
-        row_tokens: Mean length of a row; see `SPREAD`.
+        row_tokens: Mean length of a row.
+        spread: Deviation of the logarithm of a row's length.
         supervised: Share of a row that is trained on.
         batch_size: Rows an optimizer step.
         steps: Optimizer steps that are timed.
@@ -47,6 +48,7 @@ class Work:
     recipe: str = "lora"
     overrides: tuple[str, ...] = ()
     row_tokens: int = 223
+    spread: float = SPREAD
     supervised: float = 0.59
     batch_size: int = 8
     steps: int = 10
@@ -135,7 +137,7 @@ def texts(value: Any) -> Iterator[str]:
 
 def row(work: Work, draw: random.Random, words: Iterator[str], tokenizer: Any) -> dict[str, str]:
     """Return a prompt and a completion of the lengths that are wanted."""
-    length = draw.lognormvariate(-(SPREAD**2) / 2, SPREAD) * work.row_tokens
+    length = draw.lognormvariate(-(work.spread**2) / 2, work.spread) * work.row_tokens
     completion = max(2, round(length * work.supervised))
     parts = {"prompt": max(1, round(length) - completion), "completion": completion - 1}  # its end token comes on top
     made = {}
@@ -179,17 +181,28 @@ class Clock:
         if self.steps == UNTIMED:
             self.second = self.last
 
-    def result(self, tokens: int, supervised: int, peak: int, loss: float) -> dict[str, float]:
-        share = (self.steps - UNTIMED) / self.steps  # steps are alike on average
+    def result(self, tokens: float, supervised: float, peak: int, loss: float) -> dict[str, float]:
+        """Return the figures; tokens are those of the steps that were timed."""
         seconds = self.last - self.second
         return {
             "start-up": round(self.first - self.began, 2),
             "seconds a step": round(seconds / (self.steps - UNTIMED), 3),
-            "tokens/s": round(tokens * share / seconds, 1),
-            "supervised tokens/s": round(supervised * share / seconds, 1),
+            "tokens/s": round(tokens / seconds, 1),
+            "supervised tokens/s": round(supervised / seconds, 1),
             "peak GiB": round(peak / 2**30, 3),
             "held-out loss": round(loss, 4),
         }
+
+
+def counted(rows: Any) -> tuple[int, int]:
+    """Return tokens and supervised tokens of rows with `input_ids` and `labels`."""
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return tokens, sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+
+
+def as_dicts(rows: Any) -> list[dict[str, Any]]:
+    """Return encoded rows as a library's collator wants them."""
+    return [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
 
 
 def run_peftctl(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
@@ -210,7 +223,25 @@ def run_peftctl(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
     if work.held_out:
         overrides = [f"data.eval={folder / 'eval.jsonl'}", "eval.metrics=[loss]"]
         loss = peftctl.evaluate(str(folder / "run"), overrides).metrics["loss"]
-    return clock.result(summary["train_tokens"], summary["supervised_tokens"], summary["peak_memory_bytes"], loss)
+    tokens, supervised = untimed(recipe_of(work, folder))
+    tokens, supervised = summary["train_tokens"] - tokens, summary["supervised_tokens"] - supervised
+    return clock.result(tokens, supervised, summary["peak_memory_bytes"], loss)
+
+
+def untimed(recipe: Any) -> tuple[int, int]:
+    """Return the tokens and supervised tokens of the first steps, told from the order of the rows.
+
+    Steps hold rows of similar length, so that those of the first steps are no share of all.
+    """
+    from peftctl.commands.prepare import prepare
+    from peftctl.data.batching import GroupedBatches
+
+    ready = prepare(recipe)
+    train = ready.recipe.train
+    rows = as_dicts(ready.train_rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = list(GroupedBatches(lengths, train.batch_size, train.gradient_accumulation, train.seed))
+    return counted([rows[i] for batch in batches[: UNTIMED * train.gradient_accumulation] for i in batch])
 
 
 def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
@@ -234,10 +265,11 @@ def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
         target_modules=keys.target_modules,
     )  # fmt: skip
     model = get_peft_model(model, config)
-    rows = [
-        {"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels}
-        for r in ready.train_rows
-    ]
+    pad, steps = DataCollatorForSeq2Seq(ready.tokenizer), []
+
+    def collate(features: list[dict[str, Any]]) -> Any:
+        steps.append(counted(features))
+        return pad(features)
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -253,17 +285,19 @@ def run_bare(work: Work, clock: Clock, folder: Path) -> dict[str, float]:
         use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[], logging_steps=1,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(ready.tokenizer), callbacks=[Watch()],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=as_dicts(ready.train_rows),
+        data_collator=collate,
+        callbacks=[Watch()],
+    )
     device.reset_peak_memory()
     trainer.train()
     peak = device.peak_memory_bytes()
     loss = math.nan
     if work.held_out:
         loss = float(held_out_loss(model, ready.eval_rows, Collator(ready.tokenizer), 8)["loss"])
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    supervised = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+    tokens, supervised = (sum(count) for count in zip(*steps[UNTIMED:], strict=True))
     return clock.result(tokens, supervised, peak, loss)
 
 

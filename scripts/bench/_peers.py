@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _loops import UNTIMED, Clock, Work, recipe_of
+from _loops import UNTIMED, Clock, Work, as_dicts, counted, recipe_of
 
 STEP = re.compile(r"['\"]loss['\"]: |iter time: .* \(step\)")
 """In the line that a Trainer, or LitGPT, logs after each step."""
@@ -54,8 +54,8 @@ def run_peer(name: str, program: str, work: Work, clock: Clock, folder: Path) ->
     wall = time.time() - clock.began
     clock.first = ends[0] - (ends[-1] - ends[0]) / (len(ends) - 1)  # a step is logged when it is over
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    tokens = sum(len(row.input_ids) for row in ready.train_rows)
-    supervised = sum(sum(label != -100 for label in row.labels[1:]) for row in ready.train_rows)
+    share = (clock.steps - UNTIMED) / clock.steps  # of rows in an order that isn't known
+    tokens, supervised = (count * share for count in counted(as_dicts(ready.train_rows)))
     loss = held_out(ready, TRAINED.get(name, with_adapter)(program, base_of(ready), output))
     return {"wall s": round(wall, 2), **clock.result(tokens, supervised, peak, loss)}
 

@@ -4,10 +4,10 @@
     python scripts/bench/cost.py method [NAME ...]
     python scripts/bench/cost.py drop
 
-Axes: length of rows (at the same tokens a step), supervised share of a row, vocabulary (random weights of SmolLM2's
-shape), rank of LoRA, method (every shipped recipe of a language model on the demo model, without the bare loop), and
-adapters dropped by AdapterDrop. Each point is a process of its own. `--out` gets AXIS.md and, where matplotlib is
-installed, AXIS.png.
+Axes: length of rows (all alike, at the same tokens a step), supervised share of a row, vocabulary (random weights of
+SmolLM2's shape), rank of LoRA, method (every shipped recipe of a language model on the demo model, without the bare
+loop), and adapters dropped by AdapterDrop. Each point is a process of its own. `--out` gets AXIS.md and, where
+matplotlib is installed, AXIS.png.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def points(axis: str, plain: Work, names: list[str]) -> Iterator[tuple[str, Work
     """Yield the points of an axis."""
     if axis == "rows":
         for tokens in (128, 256, 512, 1024, 2048, 4096):
-            yield str(tokens), replace(plain, row_tokens=tokens, batch_size=max(1, TOKENS // tokens))
+            yield str(tokens), replace(plain, row_tokens=tokens, spread=0.0, batch_size=max(1, TOKENS // tokens))
     elif axis == "supervised":
         for share in (0.1, 0.25, 0.5, 0.75, 1.0):
             yield f"{share:.0%}", replace(plain, supervised=share)
