@@ -167,17 +167,15 @@ class Method(base.Method):
         """Return the adapter with the ranks of the last pruning, in the base's precision."""
         pattern = self._allocator.peft_config.rank_pattern
         if pattern:
-            for layer in _layers(model):
-                for factor in (
-                    layer.lora_A,
-                    layer.lora_E,
-                    layer.lora_B,
-                ):  # peft rounds pruned factors when it loads them
-                    factor["default"].data = factor["default"].data.to(layer.get_base_layer().weight.dtype).float()
             self._allocator.mask_using_rank_pattern(model.base_model.model, pattern)
             # A target without any rank would be saved as empty tensors: it keeps one triplet, whose lambda is 0.
             kept = {name: [not any(ranks) or ranks[0], *ranks[1:]] for name, ranks in pattern.items()}
             self._allocator.peft_config.rank_pattern = kept
+            # As peft loads it, to the last bit: on a bfloat16 base less than that can change many a rounding.
+            model.base_model.resize_modules_by_rank_pattern(kept, "default")
+            for layer in _layers(model):
+                for tensors in (layer.lora_A, layer.lora_E, layer.lora_B, layer.ranknum):
+                    tensors["default"].data = tensors["default"].data.float()
         return model
 
     def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:

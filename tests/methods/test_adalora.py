@@ -464,7 +464,11 @@ def test_on_a_half_type_base_the_scale_does_not_train_and_what_is_saved_reloads_
     again = PeftModel.from_pretrained(tiny_llama(dtype="bfloat16"), tmp_path / "adapter").eval()
     logits = exported(input_ids=IDS).logits.detach()
     assert (logits - tiny_llama(dtype="bfloat16")(input_ids=IDS).logits).abs().max() > 0.05
-    torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=0, atol=2**-8 * float(logits.abs().max()))
+    # Less than a rounding here is chaos in a large model: the check of what was saved would fail.
+    assert torch.equal(again(input_ids=IDS).logits, logits)
+    read = {name: tensor for name, tensor in again.named_parameters() if "default" in name}
+    assert all(torch.equal(tensor, read[name]) for name, tensor in exported.named_parameters() if name in read)
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
 
 
 def test_merged_equals_unmerged(tmp_path):
