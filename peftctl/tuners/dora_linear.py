@@ -34,8 +34,12 @@ class DoraTraining(LeanTraining):
         update = functional.linear(low, (c[:, None] * b * self.scaling[name]).to(x.dtype))
         return result + (c - 1).to(x.dtype) * product + update
 
-    def _plain_training(self: Any) -> bool:
-        return self.training and len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
+    def one_operation(self: Any, dtype: torch.dtype) -> bool:
+        """Never: W x is needed alone."""
+        return False
+
+    def _plain(self: Any) -> bool:
+        return len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
 
 
 def dora_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:

@@ -45,7 +45,7 @@ class LeanTraining:
         """Return W x + s B A dropout(x), and s F E x where there are fixed factors, for x of shape (..., d_in)."""
         if self.fixed_factors is not None and not self.disable_adapters:
             return self._with_fixed_factors(x)
-        lean = not args and not kwargs and self._plain_training()
+        lean = self.training and not args and not kwargs and self._plain()
         return self._lean(x) if lean else super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def _with_fixed_factors(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class LeanTraining:
         down, up = self.fixed_factors.beside(a, self.lora_B[name].weight)
         wide = x if self.training else x.to(a.dtype)
         down, up = down.to(wide.dtype), (up * self.scaling[name]).to(wide.dtype)
-        if self.training and self._as_one_operation(x):
+        if self.training and self._products_of(x):
             return LoraProducts.apply(x, down, up, self.base_layer.weight, self.base_layer.bias)
         low = functional.linear(self.lora_dropout[name](wide), down[: len(a)])
         low = torch.cat([low, functional.linear(wide, down[len(a) :])], dim=-1)
@@ -67,16 +67,21 @@ class LeanTraining:
         if self.training_factors is not None:
             a, b = self.training_factors(a, b)
         a, b = a.to(x.dtype), (b * self.scaling[name]).to(x.dtype)
-        if self._as_one_operation(x):
+        if self._products_of(x):
             return LoraProducts.apply(x, a, b, self.base_layer.weight, self.base_layer.bias)
         return self.base_layer(x) + functional.linear(functional.linear(self.lora_dropout[name](x), a), b)
 
-    def _as_one_operation(self: Any, x: torch.Tensor) -> bool:
-        return isinstance(self.lora_dropout[self.active_adapters[0]], nn.Identity) and fits(self.base_layer, x)
+    def one_operation(self: Any, dtype: torch.dtype) -> bool:
+        """Whether the layer and its LoRA are one operation in a training forward on x of a type."""
+        plain_dropout = isinstance(self.lora_dropout[self.active_adapters[0]], nn.Identity)
+        return plain_dropout and self._plain() and fits(self.base_layer, dtype)
 
-    def _plain_training(self: Any) -> bool:
+    def _products_of(self: Any, x: torch.Tensor) -> bool:
+        return self.one_operation(x.dtype) and not torch.is_autocast_enabled(x.device.type)
+
+    def _plain(self: Any) -> bool:
         one_plain_adapter = len(self.active_adapters) == 1 and not self.lora_variant
-        return self.training and one_plain_adapter and not (self.disable_adapters or self.merged)
+        return one_plain_adapter and not (self.disable_adapters or self.merged)
 
 
 class LoraLinear(LeanTraining, lora.Linear):

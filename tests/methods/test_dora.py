@@ -87,7 +87,7 @@ def test_training_forward_has_pefts_gradients():
         model = family.double(Method(Config(**ALL)), tiny_opt).train()
         if not ours:
             for layer in layers(model).values():
-                layer._plain_training = lambda: False
+                layer._plain = lambda: False
         loss = model(input_ids=family.IDS, labels=family.IDS).loss
         loss.backward()
         results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
@@ -155,7 +155,7 @@ def test_training_forward_keeps_no_float32_copy_of_a_bfloat16_activation():
     for layer in layers(model).values():
         kept = family.kept_for_backward(layer, batch=16, seq=16, dtype=torch.bfloat16)
         assert kept and not any(dtype == torch.float32 and len(shape) > 2 for shape, dtype in kept)
-        layer._plain_training = lambda: False
+        layer._plain = lambda: False
         kept = family.kept_for_backward(layer, batch=16, seq=16, dtype=torch.bfloat16)
         assert any(dtype == torch.float32 and shape[:2] == (16, 16) for shape, dtype in kept)  # peft's own does
 

@@ -46,7 +46,7 @@ def test_training_forward_has_pefts_gradients():
         randomise_b(model)
         if not fast:
             for layer in lora_layers(model).values():
-                layer._plain_training = lambda: False
+                layer._plain = lambda: False
         ids = torch.arange(1, 13).reshape(2, 6)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -3,18 +3,19 @@
 import pytest
 
 import peftctl
+from peftctl.methods import dora, lora
+from peftctl.methods.base import Context
 from peftctl.models import short_attention
 from peftctl.models.cross_entropy import HeadCrossEntropy
 from peftctl.models.lean_blocks import Gated, RmsNorm
 from peftctl.models.short_attention import Products
+from peftctl.training.active import active
+from peftctl.tuners.lora_products import LoraProducts
 from tests import tiny
 from tests.training.helpers import train, workload
 
 
 def said(*overrides, dtype="float32", device="cpu", model=None):
-    from peftctl.methods import lora
-    from peftctl.training.active import active
-
     recipe = peftctl.load_recipe("lora", ["data.eval=null", f"model.dtype={dtype}", *overrides])
     model = tiny.tiny_llama(dtype=dtype) if model is None else model
     return list(active(recipe, lora.Method(recipe.method), model, device))
@@ -39,6 +40,30 @@ def test_attention_by_products_is_named_where_it_serves():
     eager = tiny.tiny_llama(dtype="bfloat16")
     eager.set_attn_implementation("eager")
     assert ATTENTION not in said(dtype="bfloat16", model=eager)
+
+
+def attached(keys, method=lora, dtype="float32"):
+    return method.Method(method.Config(target_modules="all-linear", r=4, **keys)).apply(
+        tiny.tiny_llama(dtype=dtype), Context(peftctl.load_recipe("lora"))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_that_are_one_operation_with_their_lora_are_named(dtype):
+    fused = "28 layers and their LoRA as one operation each"
+    assert fused in said(dtype=dtype, model=attached({}, dtype=dtype))
+    assert fused not in said(dtype="float16", model=attached({}))
+    assert fused not in said(model=attached({"dropout": 0.1}))
+    assert fused not in said(model=attached({}, dora))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_trainer_runs_one_operation_where_it_is_named(dropout, tmp_path, monkeypatch):
+    calls = []
+    apply = LoraProducts.apply
+    monkeypatch.setattr(LoraProducts, "apply", lambda *args: calls.append(1) or apply(*args))
+    train(workload(tmp_path, lora.Method(lora.Config(target_modules="all-linear", r=4, dropout=dropout))))
+    assert bool(calls) == (not dropout)
 
 
 def test_the_trainer_runs_lean_parts_and_a_waiting_head(tmp_path, monkeypatch):

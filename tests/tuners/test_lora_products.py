@@ -61,18 +61,15 @@ def test_which_layers_it_serves():
     class Other(nn.Linear):
         pass
 
-    x = torch.zeros(1, 6)
-    assert fits(frozen(), x)
-    assert fits(frozen(bias=False), x)
-    assert not fits(frozen(), x.bfloat16())
-    assert not fits(nn.Linear(6, 4), x)
-    assert not fits(Other(6, 4).requires_grad_(False), x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not fits(frozen(), x)
+    assert fits(frozen(), torch.float32)
+    assert fits(frozen(bias=False), torch.float32)
+    assert not fits(frozen(), torch.bfloat16)
+    assert not fits(nn.Linear(6, 4), torch.float32)
+    assert not fits(Other(6, 4).requires_grad_(False), torch.float32)
     for register in (
         "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
         "register_full_backward_pre_hook",
     ):  # fmt: skip
         watched = frozen()
         getattr(watched, register)(lambda *_: None)
-        assert not fits(watched, x)
+        assert not fits(watched, torch.float32)
