@@ -186,7 +186,9 @@ def from_litgpt(program: str, base: Any, output: Path) -> Any:
 
     place = output / "hub"
     subprocess.run([program, "convert_from_litgpt", str(output / "final"), str(place)], check=True, capture_output=True)
-    base.load_state_dict(torch.load(place / "model.pth", weights_only=True), strict=False)
+    tied = "lm_head.weight"  # with the embedding, in this model
+    weights = torch.load(place / "model.pth", weights_only=True)
+    base.load_state_dict({tied: base.state_dict()[tied], **weights})
     return base
 
 
