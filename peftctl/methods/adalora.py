@@ -173,6 +173,7 @@ class Method(base.Method):
             self._allocator.peft_config.rank_pattern = kept
             # As peft loads it, to the last bit: on a bfloat16 base less than that can change many a rounding.
             model.base_model.resize_modules_by_rank_pattern(kept, "default")
+            model.train(model.training)  # its new dropout is in training mode
             for layer in _layers(model):
                 for tensors in (layer.lora_A, layer.lora_E, layer.lora_B, layer.ranknum):
                     tensors["default"].data = tensors["default"].data.float()

@@ -451,7 +451,7 @@ def test_a_run_that_ends_while_it_prunes_is_saved_as_it_answers(tmp_path):
 def test_on_a_half_type_base_the_scale_does_not_train_and_what_is_saved_reloads_exactly(tmp_path):
     from peft import PeftModel
 
-    chosen = method(tinit=1, tfinal=2, alpha=32)
+    chosen = method(tinit=1, tfinal=2, alpha=32, dropout=0.1)
     expected = chosen.count(tiny_llama())
     model, _ = train(
         workload(tmp_path / "run", chosen, max_steps=6, learning_rate=0.05, dtype="bfloat16"),
@@ -459,7 +459,7 @@ def test_on_a_half_type_base_the_scale_does_not_train_and_what_is_saved_reloads_
     )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
     assert {layer.ranknum["default"].item() for layer in layers(model).values()} == {6.0}
-    exported = chosen.export(model).eval()
+    exported = chosen.export(model.eval())
     exported.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_llama(dtype="bfloat16"), tmp_path / "adapter").eval()
     logits = exported(input_ids=IDS).logits.detach()
