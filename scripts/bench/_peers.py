@@ -160,10 +160,10 @@ def litgpt(program: str, recipe: Any, rows: Path, output: Path) -> list[str]:
         shutil.copytree(model_of(recipe), model)
         convert = [program, "convert_to_litgpt", str(model), "--model_name", LITGPT_MODEL]
         subprocess.run([*convert, "--dtype", recipe.model.dtype], check=True, capture_output=True)
-        for name, taken in (("train", slice(None)), ("val", slice(1))):
-            read = map(json.loads, (rows / "train.jsonl").read_text(encoding="utf-8").splitlines())
-            samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in read]
-            (rows / f"{name}.json").write_text(json.dumps(samples[taken]), encoding="utf-8")
+        read = map(json.loads, (rows / "train.jsonl").read_text(encoding="utf-8").splitlines())
+        samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in read]
+        (rows / "train.json").write_text(json.dumps(samples), encoding="utf-8")
+        (rows / "val.json").write_text(json.dumps(samples[:1]), encoding="utf-8")  # it wants one
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": train.learning_rate, "weight_decay": 0.0}}
     as_it_is = {"class_path": "litgpt.prompts.Default"}
     options = {
