@@ -3,9 +3,9 @@
     P = softmax(s Q K^T + M),   O = P V
 
 The kernel behind sdpa never holds (seq, seq) numbers, which pays for long rows. For rows of up to 1024 tokens in
-bfloat16 plain products are two to three times as fast on CPUs, backward most of all (scripts/bench/README.md). Between
-the passes nothing is kept but Q, K and V: backward makes P again. Scores are rounded to the type of Q before the
-softmax, as in the library's `eager`, which computes them in the same way.
+bfloat16 plain products are two to three times as fast on CPUs, backward most of all (scripts/bench/README.md). Of rows
+of up to 512 tokens P is kept between the passes; of longer ones only Q, K and V, and backward makes P again. Scores are
+rounded to the type of Q before the softmax, as in the library's `eager`, which computes them in the same way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 LONGEST = 1024
 """Tokens of a row; beyond, the (seq, seq) numbers no longer fit into the caches."""
+KEEPS = 512
+"""Tokens of a row up to which P is kept: the rows of a pass then have about as many numbers of it as of the other
+activations of a block, or fewer, and to make it again takes a third of the attention's time."""
 
 
 @contextmanager
@@ -102,17 +105,18 @@ class Products(torch.autograd.Function):
             mask: (batch or 1, 1, seq, seq), added to the scores; None adds nothing.
             scale: s.
         """
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
         weights = _weights(query, key, mask, scale)
+        kept = weights if query.shape[2] <= KEEPS else None
+        ctx.save_for_backward(query, key, value, mask, kept)
+        ctx.scale = scale
         return torch.bmm(weights, value.flatten(0, 1)).view(*query.shape[:3], value.shape[3])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Return dQ = s dS K, dK = s dS^T Q and dV = P^T dO, with dP = dO V^T and dS = P (dP - Σ P dP)."""
-        query, key, value, mask = ctx.saved_tensors
-        weights = _weights(query, key, mask, ctx.scale)
+        query, key, value, mask, kept = ctx.saved_tensors
+        weights = _weights(query, key, mask, ctx.scale) if kept is None else kept
         q, k, v = _by_key_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
         upstream = _by_key_head(upstream, key)
         d_value = torch.bmm(weights.transpose(1, 2), upstream)

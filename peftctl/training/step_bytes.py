@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftctl.models.lean_blocks import lean_blocks, lean_forwards
+from peftctl.models.short_attention import short_rows
 from peftctl.models.supervised import supervised_forward
 from peftctl.training.stand_ins import fake_tensors, fused_dropout, quantised_layers
 from peftctl.training.waiting_head import head_can_wait
@@ -160,6 +161,7 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], settings: StepSett
         if settings.on_gpu:
             stack.enter_context(fused_dropout())
         else:
+            stack.enter_context(short_rows())
             stack.enter_context(lean_blocks(lean_forwards(model)))
         stack.enter_context(ledger)
         with autocast:

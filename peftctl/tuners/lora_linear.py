@@ -51,10 +51,10 @@ class LeanTraining:
     def _with_fixed_factors(self: Any, x: torch.Tensor) -> torch.Tensor:
         name, a = self.active_adapters[0], self.lora_A[self.active_adapters[0]].weight
         down, up = self.fixed_factors.beside(a, self.lora_B[name].weight)
+        if self.training and self._products_of(x):
+            return self._products(x, down, up)
         wide = x if self.training else x.to(a.dtype)
         down, up = down.to(wide.dtype), (up * self.scaling[name]).to(wide.dtype)
-        if self.training and self._products_of(x):
-            return LoraProducts.apply(x, down, up, self.base_layer.weight, self.base_layer.bias)
         low = functional.linear(self.lora_dropout[name](wide), down[: len(a)])
         low = torch.cat([low, functional.linear(wide, down[len(a) :])], dim=-1)
         result: torch.Tensor = self.base_layer(x)
@@ -66,10 +66,15 @@ class LeanTraining:
         b: torch.Tensor = self.lora_B[name].weight
         if self.training_factors is not None:
             a, b = self.training_factors(a, b)
-        a, b = a.to(x.dtype), (b * self.scaling[name]).to(x.dtype)
         if self._products_of(x):
-            return LoraProducts.apply(x, a, b, self.base_layer.weight, self.base_layer.bias)
+            return self._products(x, a, b)
+        a, b = a.to(x.dtype), (b * self.scaling[name]).to(x.dtype)
         return self.base_layer(x) + functional.linear(functional.linear(self.lora_dropout[name](x), a), b)
+
+    def _products(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        base, scale = self.base_layer, self.scaling[self.active_adapters[0]]
+        result: torch.Tensor = LoraProducts.apply(x, a, b, scale, base.weight, base.bias)
+        return result
 
     def one_operation(self: Any, dtype: torch.dtype) -> bool:
         """Whether the layer and its LoRA are one operation in a training forward on x of a type."""

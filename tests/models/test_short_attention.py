@@ -36,7 +36,9 @@ def seen(batch, length, padding):
 
 @pytest.mark.parametrize("kv", [1, 2, 6])
 @pytest.mark.parametrize("padding", [0, 2])
-def test_it_is_the_equation(kv, padding):
+@pytest.mark.parametrize("keeps", [4, 5])
+def test_it_is_the_equation(kv, padding, keeps, monkeypatch):
+    monkeypatch.setattr(short_attention, "KEEPS", keeps)
     inputs = heads(kv=kv)
     mask = seen(2, 5, padding)
     ours = Products.apply(*inputs, short_attention._added(mask, torch.float64), 0.3)
@@ -55,6 +57,15 @@ def test_the_library_mask_of_numbers_and_none_at_all():
     torch.testing.assert_close(Products.apply(*inputs, None, 0.5), naive(*inputs, everything, 0.5))
     numbers = torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~seen(2, 5, 1), -1e30)
     torch.testing.assert_close(Products.apply(*inputs, numbers, 0.5), naive(*inputs, seen(2, 5, 1), 0.5))
+
+
+@pytest.mark.parametrize(("keeps", "kept"), [(4, False), (5, True)])
+def test_only_short_rows_keep_the_weights(keeps, kept, monkeypatch):
+    monkeypatch.setattr(short_attention, "KEEPS", keeps)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        Products.apply(*heads(), None, 0.5)
+    assert ((4, 15, 5) in shapes) == kept  # batch x h_kv, group x seq, seq
 
 
 def test_a_token_that_sees_nothing_gives_numbers():
