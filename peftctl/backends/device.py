@@ -18,6 +18,9 @@ _PROCESS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KERNELS = "64"
+"""About those of a pass and a half: compiling one anew takes less than a millisecond."""
 
 
 def current_device() -> torch.device:
@@ -98,6 +101,16 @@ def available_memory_bytes(kind: str) -> int | None:
     return min(of_machine, int(within)) if within.isdigit() else of_machine
 
 
+def bound_kernel_caches() -> None:
+    """Let oneDNN, and PyTorch above it, keep few of the products that they compile, unless the user has set how many.
+
+    Each keeps 1,024, one for all operands of the same shapes. Rows of another length are other shapes: in LoRA steps of
+    SmolLM2-135M in bfloat16 each new length added 15 MB, and after 34 lengths 390 MB that no tensor lies in.
+    """
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, _KERNELS)
+
+
 def start_process(*, deepspeed: bool = False) -> None:
     """Set this process up for a command: threads, memory that is kept, and no library that it does not use.
 
@@ -106,6 +119,7 @@ def start_process(*, deepspeed: bool = False) -> None:
     """
     set_threads()
     keep_memory()
+    bound_kernel_caches()
     if not deepspeed:
         leave_deepspeed_out()
     elif not torch.cuda.is_available():

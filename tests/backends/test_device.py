@@ -1,6 +1,7 @@
 """Threads, memory and worlds, on whatever machine the tests run."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -89,3 +90,39 @@ def test_available_memory(clean, tmp_path):
     assert device.available_memory_bytes("cpu") is None
     clean.setattr(torch.cuda, "is_available", lambda: False)
     assert device.available_memory_bytes("cuda") is None
+
+
+_PRODUCTS = """
+import sys
+import torch
+from peftctl.backends import device
+
+if sys.argv[1] == "bounded":
+    device.bound_kernel_caches()
+b = torch.ones(256, 256, dtype=torch.bfloat16)
+a = torch.ones(1000, 256, dtype=torch.bfloat16)
+for rows in (*range(1, 100), *range(1, 600)):
+    a[:rows] @ b
+    if rows == 99:
+        before = device.current_memory_bytes()
+print(device.current_memory_bytes() - before)
+"""
+
+
+@LINUX
+def test_compiled_products_are_few(monkeypatch):
+    for name in device._KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+    def growth(how, **more):
+        done = subprocess.run(
+            [sys.executable, "-c", _PRODUCTS, how], capture_output=True, text=True, env={**os.environ, **more}, check=True
+        )
+        return int(done.stdout)
+
+    free = growth("free")
+    if free < 20 * 2**20:
+        pytest.skip("no compiled products on this processor")
+    assert growth("bounded") < free / 4
+    user = dict.fromkeys(device._KERNEL_CACHES, "1024")
+    assert growth("bounded", **user) > free / 2  # the user's word counts
