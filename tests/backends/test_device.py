@@ -101,9 +101,9 @@ if sys.argv[1] == "bounded":
     device.bound_kernel_caches()
 b = torch.ones(256, 256, dtype=torch.bfloat16)
 a = torch.ones(1000, 256, dtype=torch.bfloat16)
-for rows in (*range(1, 100), *range(1, 600)):
+for rows in range(1, 701):
     a[:rows] @ b
-    if rows == 99:
+    if rows == 300:
         before = device.current_memory_bytes()
 print(device.current_memory_bytes() - before)
 """
@@ -115,14 +115,13 @@ def test_compiled_products_are_few(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def growth(how, **more):
-        done = subprocess.run(
-            [sys.executable, "-c", _PRODUCTS, how], capture_output=True, text=True, env={**os.environ, **more}, check=True
-        )
+        command = [sys.executable, "-c", _PRODUCTS, how]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **more}, check=True)
         return int(done.stdout)
 
     free = growth("free")
-    if free < 20 * 2**20:
+    if free < 10 * 2**20:
         pytest.skip("no compiled products on this processor")
-    assert growth("bounded") < free / 4
+    assert growth("bounded") < free / 2
     user = dict.fromkeys(device._KERNEL_CACHES, "1024")
-    assert growth("bounded", **user) > free / 2  # the user's word counts
+    assert growth("bounded", **user) > 0.7 * free  # the user's word counts
